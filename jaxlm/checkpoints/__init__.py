@@ -1,0 +1,1 @@
+"""Checkpoints on disk: names, tensors, files. Knows paths, shapes and dtypes, never a model."""

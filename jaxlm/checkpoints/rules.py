@@ -1,0 +1,211 @@
+"""One table, both directions: the name of a stored tensor <-> a place in the parameter tree.
+
+`{layer}` and `{expert}` in a template become stacked leading axes. A pattern is einops' `stored -> ours`; it has no
+reductions, so it is a bijection and its inverse is the same pattern with the sides exchanged. There is no arithmetic.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from einops import rearrange
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One stored tensor is one leaf (or one element of a stacked one)."""
+
+    hf: str  # "model.layers.{layer}.self_attn.q_proj.weight"
+    path: str  # "layers/attn/q/w"
+    pattern: str | None = None  # "(n h) d -> d n h"; None: as it is
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,)
+
+    def stored_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return _stored(self.pattern, shapes[0])
+
+    def split(self, x, shapes: Sequence[Shape]) -> tuple:
+        return (_forward(x, self.pattern, shapes[0]),)
+
+    def join(self, parts: Sequence):
+        return _backward(parts[0], self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved:
+    """One stored tensor holds several leaves of one shape, told apart by an axis that the pattern brings to the front."""
+
+    hf: str
+    paths: tuple[str, ...]
+    pattern: str  # "(n c h) d -> c d n h"
+
+    def stored_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return _stored(self.pattern, (len(self.paths), *shapes[0]))
+
+    def split(self, x, shapes: Sequence[Shape]) -> tuple:
+        return tuple(_forward(x, self.pattern, (len(self.paths), *shapes[0])))
+
+    def join(self, parts: Sequence):
+        return _backward(np.stack(parts), self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat:
+    """One stored tensor is the concatenation along axis 0 of several leaves, each with its own pattern."""
+
+    hf: str
+    parts: tuple[tuple[str, str | None], ...]  # (path, pattern)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(path for path, _ in self.parts)
+
+    def stored_shape(self, shapes: Sequence[Shape]) -> Shape:
+        each = [_stored(pattern, shape) for (_, pattern), shape in zip(self.parts, shapes, strict=True)]
+        return (sum(shape[0] for shape in each), *each[0][1:])
+
+    def split(self, x, shapes: Sequence[Shape]) -> tuple:
+        rows = [_stored(pattern, shape)[0] for (_, pattern), shape in zip(self.parts, shapes, strict=True)]
+        starts = [0, *itertools.accumulate(rows)]
+        return tuple(
+            _forward(x[start : start + n], pattern, shape)
+            for (_, pattern), shape, start, n in zip(self.parts, shapes, starts[:-1], rows, strict=True)
+        )
+
+    def join(self, parts: Sequence):
+        return np.concatenate([_backward(x, pattern) for (_, pattern), x in zip(self.parts, parts, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """A stored copy of another tensor (a tied head): checked to be equal, dropped, written back where it was."""
+
+    hf: str
+    of: str
+
+
+AnyRule = Rule | Interleaved | Concat | Alias
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One stored tensor, and the elements of leaves it fills."""
+
+    name: str
+    rule: Rule | Interleaved | Concat
+    paths: tuple[str, ...]
+    index: tuple[int, ...]  # into the stacked leading axes
+    shapes: tuple[Shape, ...]  # of the elements
+
+    @property
+    def stored_shape(self) -> Shape:
+        return self.rule.stored_shape(self.shapes)
+
+
+def bind(rules: Sequence[AnyRule], leaves: Mapping[str, Shape], groups: Sequence[str]) -> dict[str, Binding]:
+    """Every stored tensor that the parameters need, by name.
+
+    leaves: path -> shape, stacked. groups: per layer, the name of its stack ("" when there is one): layer l of rule
+    path layers/x is element (number of earlier layers of its group) of layers/<group>/x. A rule without leaves (the
+    experts in a dense layer) binds nothing; a leaf element without a rule, or with two, is a ValueError.
+    """
+    bindings: dict[str, Binding] = {}
+    filled: dict[str, set[tuple[int, ...]]] = {path: set() for path in leaves}
+    for rule in rules:
+        if isinstance(rule, Alias):
+            continue
+        for binding in _expand(rule, leaves, groups):
+            if binding.name in bindings:
+                raise ValueError(f"two rules name {binding.name}")
+            bindings[binding.name] = binding
+            for path in binding.paths:
+                if binding.index in filled[path]:
+                    raise ValueError(f"{path}{list(binding.index)} has two rules, the second for {binding.name}")
+                filled[path].add(binding.index)
+    for path, indices in filled.items():
+        depth = len(next(iter(indices), ()))
+        if len(indices) != math.prod(leaves[path][:depth]):
+            raise ValueError(f"no rule fills all of {path} {leaves[path]}")
+    return bindings
+
+
+def matches(template: str, name: str) -> bool:
+    """Whether a name is the template with numbers for its placeholders."""
+    return _regex(template).fullmatch(name) is not None
+
+
+def _expand(rule, leaves, groups):
+    if "{layer}" not in rule.hf:
+        yield from _expand_experts(rule, rule.paths, (), {}, leaves)
+        return
+    seen = dict.fromkeys(groups, 0)
+    for layer, group in enumerate(groups):
+        paths = tuple(_in_group(path, group) for path in rule.paths)
+        yield from _expand_experts(rule, paths, (seen[group],), {"layer": layer}, leaves)
+        seen[group] += 1
+
+
+def _expand_experts(rule, paths, index, fields, leaves):
+    present = [path in leaves for path in paths]
+    if not any(present):
+        return
+    if not all(present):
+        raise ValueError(f"rule {rule.hf} fills {paths}, of which the model has only some")
+    shapes = [leaves[path] for path in paths]
+    experts = [{"expert": e} for e in range(shapes[0][len(index)])] if "{expert}" in rule.hf else [{}]
+    for expert in experts:
+        at = (*index, *expert.values())
+        elements = tuple(shape[len(at) :] for shape in shapes)
+        yield Binding(rule.hf.format(**fields, **expert), rule, paths, at, elements)
+
+
+def _in_group(path: str, group: str) -> str:
+    if not path.startswith("layers/"):
+        raise ValueError(f"a rule with {{layer}} must fill a path under layers/, got {path}")
+    return path.replace("layers/", f"layers/{group}/", 1) if group else path
+
+
+@functools.cache
+def _regex(template: str) -> re.Pattern:
+    return re.compile(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(template)))
+
+
+@functools.cache
+def _sides(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """The stored axes, each a product of ours, and our axes."""
+    stored, ours = pattern.split("->")
+    axes = tuple(tuple((group or name).split()) for group, name in re.findall(r"\(([^)]*)\)|(\S+)", stored))
+    return axes, tuple(ours.split())
+
+
+def _sizes(pattern: str, shape: Shape) -> dict[str, int]:
+    ours = _sides(pattern)[1]
+    if len(ours) != len(shape):
+        raise ValueError(f"pattern {pattern!r} does not fit a leaf of shape {shape}")
+    return dict(zip(ours, shape, strict=True))
+
+
+def _stored(pattern: str | None, shape: Shape) -> Shape:
+    if pattern is None:
+        return shape
+    sizes = _sizes(pattern, shape)
+    return tuple(math.prod(sizes[a] for a in axes) for axes in _sides(pattern)[0])
+
+
+def _forward(x, pattern: str | None, shape: Shape):
+    return x if pattern is None else rearrange(x, pattern, **_sizes(pattern, shape))
+
+
+def _backward(x, pattern: str | None):
+    if pattern is None:
+        return x
+    stored, ours = pattern.split("->")
+    return rearrange(x, f"{ours} -> {stored}")

@@ -1,0 +1,73 @@
+"""What the commands share: the two consoles, tables, a progress bar, and numbers and arguments for people."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Source = Annotated[str, tyro.conf.arg(metavar="SOURCE", help="directory of a checkpoint, or .gguf file")]
+IgnoreFields = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(name="ignore-field", metavar="NAME", help="field of config.json to do without; may be given again"),
+]
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True)
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table; a column whose name starts with > is aligned to the right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return made
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, without a header."""
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, value)
+    return made
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, when that is a terminal: yields a function to call with the bytes done and the bytes in all."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def load(source: str, dtype: str | None, ignore_fields: tuple[str, ...]):
+    """`jaxlm.load` with a progress bar."""
+    import jaxlm
+
+    with progress(f"loading {source}") as step:
+        return jaxlm.load(source, dtype=dtype, ignore_fields=ignore_fields, progress=step)
+
+
+def count(n: int) -> str:
+    """134515008 -> '134.5 M'."""
+    return _scaled(n, ("", " K", " M", " B", " T"))
+
+
+def size(n: int) -> str:
+    """98362432 -> '98.4 MB'."""
+    return _scaled(n, (" B", " KB", " MB", " GB", " TB"))
+
+
+def _scaled(n: int, units: tuple[str, ...]) -> str:
+    value = float(n)
+    for unit in units[:-1]:
+        if value < 999.95:
+            return f"{value:.4g}{unit}"
+        value /= 1000
+    return f"{value:.4g}{units[-1]}"

@@ -1,0 +1,40 @@
+"""`jaxlm convert`: a checkpoint of any kind we read, written as Hugging Face safetensors."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxlm.cli.console import IgnoreFields, Source, err, load, progress, size
+
+
+def convert(
+    source: Source,
+    out: Annotated[str, tyro.conf.arg(metavar="OUT", help="the directory to write")],
+    /,
+    *,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(help="of the tensors written; without it, each keeps its own"),
+    ] = None,
+    overwrite: Annotated[bool, tyro.conf.arg(help="replace what OUT holds")] = False,
+    ignore_fields: IgnoreFields = (),
+) -> int:
+    """Writes a checkpoint as Hugging Face safetensors with its config, tokenizer and template files.
+
+    Without --dtype a safetensors checkpoint comes out bit for bit; a GGUF file is dequantized to float32.
+
+    Example: jaxlm convert SmolLM2.gguf SmolLM2-bf16 --dtype bfloat16
+    """
+    directory = Path(out)
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise ValueError(f"{out} exists and is not empty: choose another directory, or add --overwrite")
+    model = load(source, None, ignore_fields)
+    start = time.perf_counter()
+    with progress(f"writing {out}") as step:
+        model.save(directory, dtype=dtype, overwrite=overwrite, progress=step)
+    files = sorted(directory.glob("*.safetensors"))
+    written = size(sum(file.stat().st_size for file in files))
+    err.print(f"wrote {out}: {len(files)} safetensors, {written}, {time.perf_counter() - start:.1f} s", highlight=False)
+    return 0

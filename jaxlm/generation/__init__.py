@@ -1,0 +1,1 @@
+"""Text from a model: sampling, the prefill and decode loop, streaming."""

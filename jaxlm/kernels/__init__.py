@@ -1,0 +1,1 @@
+"""Attention: the mask language, the one entry, and its implementations."""

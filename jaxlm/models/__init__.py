@@ -1,0 +1,1 @@
+"""Architectures as pure functions over plain parameter trees."""

@@ -1,0 +1,271 @@
+"""The decoder backbone: embed, trunk and head, for every family that is data over it.
+
+Parameters are a nested dict: embed/w, layers/... (stacked on axis 0; layers/<group>/... when layers differ in
+structure), final_norm/scale, and head/w when the head is not tied to the embedding.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlm.models import stack
+from jaxlm.models.config import DecoderConfig, Kind, groups, states
+from jaxlm.models.layers import Einsum, Embed, Norm, dropout
+from jaxlm.models.mlp import Mlp
+from jaxlm.models.moe import Moe, load_balancing_loss
+from jaxlm.models.rope import table
+from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_state
+
+Params = dict[str, Any]
+Cache = dict[str, State]
+TAPS = ("residual",)
+REMAT = {
+    "none": None,
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),
+    "dots": functools.partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How to run, as opposed to what: static, hashable. dtype is that of activations, None for the embedding's."""
+
+    dtype: str | None = None
+    attention: str | None = None  # an implementation's name, None to choose
+    remat: str = "none"  # none; full: keep only each layer's input; dots: keep the products
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"unknown remat policy {self.remat!r}; there are {', '.join(REMAT)}")
+
+
+class Block(nn.Module):
+    """One layer: mixer and feed-forward branch, each normed before, after or both, added to the stream."""
+
+    config: DecoderConfig
+    kind: Kind
+    impl: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, tokens: Tokens, state: State | None, depth, rng):
+        c = self.config
+        keys = (None,) * 3 if rng is None else jax.random.split(jax.random.fold_in(rng, depth), 3)
+        norm = lambda name, on, y: Norm(c.norm, (c.d_model,), name=name)(y) if on else y
+        add = lambda x, y, key: x + dropout(y * c.residual_scale if c.residual_scale != 1 else y, c.dropout.residual, key)
+        y, state = SelfAttention(c, self.kind, self.impl, name="attn")(
+            norm("attn_norm", c.pre_norm, x), tokens, state, depth, keys[0]
+        )
+        x = add(x, norm("attn_post_norm", c.post_norm, y), keys[1])
+        y, extra = norm("mlp_norm", c.pre_norm, x), {}
+        if self.kind.mlp == "moe":
+            y, extra = Moe(c.moe, c.d_model, c.init_std, name="mlp")(y, tokens.valid)
+        else:
+            y = Mlp(c.mlp, c.d_model, c.init_std, name="mlp")(y)
+        return add(x, norm("mlp_post_norm", c.post_norm, y), keys[2]), state, extra
+
+
+def init(config: DecoderConfig, key: Array) -> Params:
+    """Fresh float32 parameters: normal(init_std) matrices, unit norms, zero biases."""
+    return nn.unbox(_boxed(config, key))
+
+
+def logical_axes(config: DecoderConfig) -> Params:
+    """The axis names of every parameter: a tree of tuples with the structure of `init`."""
+    boxed = jax.eval_shape(lambda k: _boxed(config, k), jax.random.key(0))
+    is_box = lambda b: isinstance(b, nn.LogicallyPartitioned)
+    axes = jax.tree.map(lambda b: tuple(b.names), boxed, is_leaf=is_box)
+    prepend = lambda tree: jax.tree.map(lambda a: ("layers", *a), tree, is_leaf=lambda a: isinstance(a, tuple))
+    return axes | {"layers": prepend(axes["layers"])}
+
+
+def embed(
+    config: DecoderConfig,
+    params: Params,
+    tokens: Array,
+    *,
+    positions: Array | None = None,
+    rng: Array | None = None,
+    runtime: Runtime = Runtime(),
+) -> Array:
+    """tokens [B, T] int -> [B, T, D] in the runtime's dtype; positions [B, T] matter to learned positions only."""
+    x = _apply(_vocabulary(config), params["embed"], tokens)
+    x = x.astype(runtime.dtype or x.dtype)
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if config.learned_positions:
+        if tokens.shape[1] > config.context:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit the {config.context} learned positions")
+        at = jnp.arange(tokens.shape[1])[None] if positions is None else jnp.maximum(positions, 0)
+        x = x + _apply(_position_embed(config), params["positions"], at).astype(x.dtype)
+    return dropout(x, config.dropout.embed, rng)
+
+
+def trunk(
+    config: DecoderConfig,
+    params: Params,
+    x: Array,
+    *,
+    positions: Array | None = None,
+    segments: Array | None = None,
+    valid: Array | None = None,
+    cache: Cache | None = None,
+    rope_len: int | None = None,
+    taps: tuple[str, ...] = (),
+    rng: Array | None = None,
+    runtime: Runtime = Runtime(),
+) -> tuple[Array, Cache | None, dict[str, Array]]:
+    """x [B, T, D] through all layers and the final norm -> (hidden [B, T, D], cache, aux).
+
+    positions [B, T] int32, -1 for padding, default 0..T-1 (with `valid` [B, T] bool: counted over valid tokens);
+    required with a cache, which holds what came before. segments [B, T] int32 keep packed sequences apart. rope_len
+    (default T) is the length that `dynamic` and `longrope` frequencies are made for; with a cache it must be given
+    for those. taps=("residual",) returns the stream after each layer, aux["residual"] [L, B, T, D]. aux["router_loss"]
+    is the load-balancing loss of mixture-of-experts layers. rng switches dropout on.
+    """
+    tokens = _tokens(config, x, positions, segments, valid, cache, rope_len)
+    if unknown := set(taps) - set(TAPS):
+        raise ValueError(f"unknown taps {sorted(unknown)}; there are {TAPS}")
+
+    def block(kind: Kind, p: Params, x: Array, state: State | None, depth):
+        x, state, extra = _apply(Block(config, kind, runtime.attention), p, x, tokens, state, jnp.asarray(depth), rng)
+        return x, state, extra | ({"residual": x} if "residual" in taps else {})
+
+    x, cache, extras = stack.run(
+        block, layers(config), _stacks(config, params), x, cache, remat=REMAT[runtime.remat]
+    )
+    aux = {}
+    if "residual" in taps:
+        aux["residual"] = stack.collect(extras, "residual")
+    if config.moe is not None:
+        aux["router_loss"] = load_balancing_loss(
+            *(stack.collect(extras, name) for name in ("router_picks", "router_probs", "router_tokens"))
+        )
+    return _apply(_final_norm(config), params["final_norm"], x), cache, aux
+
+
+def head(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+    """hidden [B, T, D] -> logits [B, T, V] float32."""
+    table = params["embed" if config.tie_embeddings else "head"]
+    logits = _apply(_vocabulary(config), table, hidden, method="logits")
+    if config.logit_scale != 1:
+        logits = logits * config.logit_scale
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+    return logits
+
+
+def forward(
+    config: DecoderConfig,
+    params: Params,
+    tokens: Array,
+    *,
+    positions: Array | None = None,
+    valid: Array | None = None,
+    rng: Array | None = None,
+    runtime: Runtime = Runtime(),
+    **options,
+) -> tuple[Array, Cache | None, dict[str, Array]]:
+    """tokens [B, T] int -> (logits [B, T, V] float32, cache, aux); options as `trunk`."""
+    if positions is None and valid is not None:
+        positions = count_positions(valid)
+    x = embed(config, params, tokens, positions=positions, rng=rng, runtime=runtime)
+    hidden, cache, aux = trunk(config, params, x, positions=positions, valid=valid, rng=rng, runtime=runtime, **options)
+    return head(config, params, hidden), cache, aux
+
+
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
+    """An empty cache for `length` positions, {state: arrays [L_state, B, ...]}; windowed layers keep their window."""
+    by_state: dict[str, list[Kind]] = {}
+    for name, kind in zip(states(config.kinds), config.kinds, strict=True):
+        by_state.setdefault(name, []).append(kind)
+    stacked = lambda a, n: jnp.broadcast_to(a, (n, *a.shape))
+    return {
+        name: jax.tree.map(lambda a, n=len(kinds): stacked(a, n), empty_state(config, kinds[0], batch, length, dtype))
+        for name, kinds in by_state.items()
+    }
+
+
+def layers(config: DecoderConfig) -> tuple[stack.Layer, ...]:
+    """Per depth: the kind of layer, its parameter stack and its cache stack."""
+    return tuple(map(stack.Layer, config.kinds, groups(config.kinds), states(config.kinds)))
+
+
+def count_positions(valid: Array) -> Array:
+    """valid [B, T] bool -> positions counted over valid tokens, -1 elsewhere."""
+    return jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1).astype(jnp.int32)
+
+
+def _tokens(config, x, positions, segments, valid, cache, rope_len) -> Tokens:
+    if cache is not None and positions is None:
+        raise ValueError("with a cache, positions must be given: the cache does not know which tokens are new")
+    if cache is not None and segments is not None:
+        raise ValueError("packed segments and a cache cannot be combined")
+    ropes = {kind.rope for kind in config.kinds if kind.rope is not None}
+    if cache is not None and rope_len is None and any(rope.depends_on_length for rope in ropes):
+        raise ValueError("with a cache, dynamic and longrope frequencies need rope_len: prompt plus new tokens")
+    if positions is None and valid is not None:
+        positions = count_positions(valid)
+    if positions is not None and valid is None:
+        valid = positions >= 0
+    at = jnp.arange(x.shape[1])[None] if positions is None else positions
+    tables = {rope: table(rope, at, rope_len or x.shape[1]) for rope in ropes}
+    return Tokens(positions, segments, valid, tables)
+
+
+def _boxed(config: DecoderConfig, key: Array) -> Params:
+    keys = dict(zip(("embed", "positions", "layers", "final_norm", "head"), jax.random.split(key, 5), strict=True))
+    x, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
+    params = {
+        "embed": _vocabulary(config).init(keys["embed"], at)["params"],
+        "layers": _boxed_layers(config, keys["layers"], x, at),
+        "final_norm": _final_norm(config).init(keys["final_norm"], x)["params"],
+    }
+    if config.learned_positions:
+        params["positions"] = _position_embed(config).init(keys["positions"], at)["params"]
+    if not config.tie_embeddings:
+        params["head"] = _vocabulary(config).init(keys["head"], at)["params"]
+    return params
+
+
+def _boxed_layers(config: DecoderConfig, key: Array, x: Array, at: Array) -> Params:
+    tables = {kind.rope: table(kind.rope, at, 1) for kind in config.kinds if kind.rope is not None}
+
+    def one(kind: Kind, key: Array) -> Params:
+        return Block(config, kind).init(key, x, Tokens(tables=tables), None, jnp.int32(0), None)["params"]
+
+    by_group: dict[str, list[Kind]] = {}
+    for name, kind in zip(groups(config.kinds), config.kinds, strict=True):
+        by_group.setdefault(name, []).append(kind)
+    made = {}
+    for i, (name, kinds) in enumerate(by_group.items()):
+        keys = jax.random.split(jax.random.fold_in(key, i), len(kinds))
+        made[name] = jax.vmap(functools.partial(one, kinds[0]))(keys)
+    return made[""] if "" in made else made
+
+
+def _stacks(config: DecoderConfig, params: Params) -> Params:
+    return {"": params["layers"]} if groups(config.kinds)[0] == "" else params["layers"]
+
+
+def _vocabulary(config: DecoderConfig) -> Embed:
+    """The table [V, D] of tokens, and that of the output head: the same one when they are tied."""
+    return Embed((config.vocab_size, config.d_model), std=config.init_std)
+
+
+def _position_embed(config: DecoderConfig) -> Embed:
+    return Embed((config.context, config.d_model), ("positions", "embed"), config.init_std)
+
+
+def _final_norm(config: DecoderConfig) -> Norm:
+    return Norm(config.norm, (config.d_model,))
+
+
+def _apply(module: nn.Module, params: Params, *args, method: str | None = None):
+    return module.apply({"params": params}, *args, method=method)

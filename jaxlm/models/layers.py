@@ -1,0 +1,135 @@
+"""Leaves: the modules that own a weight. Linen names and declares parameters here, and does nothing else.
+
+Axes, in the whole library: B batch, T query length, S key length, D model, N query heads, K key-value heads,
+G = N // K, H head dim, F ffn, V vocab, L layers, E experts, M tokens of a batch in one row.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlm.kernels.attention import precision
+from jaxlm.models.config import NormConfig
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Leaf(nn.Module):
+    """A module that declares weights with their logical axes, and reads them back as given."""
+
+    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init) -> Array:
+        """The weight: made while initialising, otherwise looked up and checked.
+
+        Not `self.param` when applying: linen would compare the stored value with what `init` makes, which refuses
+        quantized weights and local shards.
+        """
+        if self.is_initializing():
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        value = self.get_variable("params", name)
+        if value is None:
+            raise ValueError(f"parameter {'/'.join((*self.path, name))} is missing")
+        if value.shape != shape:
+            raise ValueError(f"parameter {'/'.join((*self.path, name))} has shape {value.shape}, expected {shape}")
+        return value
+
+
+class Einsum(Leaf):
+    """y = einsum(eqn, x, w) + b: the one place where an activation meets a weight. Computes in x's dtype."""
+
+    eqn: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    bias: str | None = None  # the letters of w that the bias has; None for no bias
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        w = self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std))
+        y = contract(self.eqn, x, w)
+        if self.bias is None:
+            return y
+        letters = self.eqn.split(",")[1].split("->")[0]
+        dims = [letters.index(c) for c in self.bias]
+        shape, axes = tuple(self.shape[i] for i in dims), tuple(self.axes[i] for i in dims)
+        return y + self.weight("b", shape, axes, jax.nn.initializers.zeros).astype(y.dtype)
+
+
+class RaggedDot(Leaf):
+    """y [M, out] = x [M, in] times the matrix of each row's group; w is [E, in, out], rows sorted by group."""
+
+    shape: tuple[int, int, int]
+    axes: tuple[str | None, ...]
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Array, group_sizes: Array) -> Array:
+        w = self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std)).astype(x.dtype)
+        y = jax.lax.ragged_dot(
+            x, w, group_sizes, precision=precision(x.dtype), preferred_element_type=jnp.float32
+        )
+        return y.astype(x.dtype)
+
+
+class Norm(Leaf):
+    """RMS or layer norm over the trailing `size` dims, in float32, returned in x's dtype."""
+
+    config: NormConfig
+    size: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kind, axis = self.config.kind, tuple(range(-len(self.size), 0))
+        axes = (None,) * len(self.size)
+        ones, zeros = jax.nn.initializers.ones, jax.nn.initializers.zeros
+        scale = self.weight("scale", self.size, axes, zeros if kind == "rms1p" else ones).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        if kind == "layer":
+            x32 = x32 - x32.mean(axis, keepdims=True)
+        # The sum over the reciprocal: XLA's mean would do the same division once per element.
+        variance = jnp.square(x32).sum(axis, keepdims=True) / math.prod(self.size)
+        y = x32 * jax.lax.rsqrt(variance + self.config.eps)
+        y = y * (1 + scale if kind == "rms1p" else scale)
+        if kind == "layer":
+            y = y + self.weight("bias", self.size, axes, zeros).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Embed(Leaf):
+    """Rows of a table [V, D], and its use as an output head."""
+
+    shape: tuple[int, int]
+    axes: tuple[str | None, ...] = ("vocab", "embed")
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        return self.table()[tokens]
+
+    @nn.compact
+    def logits(self, x: Array) -> Array:
+        """x [B, T, D] times the table, float32 [B, T, V]."""
+        return contract("BTD,VD->BTV", x, self.table(), out=jnp.float32)
+
+    def table(self) -> Array:
+        return self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std))
+
+
+def contract(eqn: str, x: Array, w: Array, out=None) -> Array:
+    """einsum in x's dtype with float32 accumulation; the result in `out`, by default x's dtype."""
+    y = jnp.einsum(eqn, x, w.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(out or x.dtype)
+
+
+def dropout(x: Array, rate: float, rng: Array | None) -> Array:
+    """Inverted dropout; without an rng, or at rate 0, x itself."""
+    if rng is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0)

@@ -1,0 +1,86 @@
+"""Strict reading of config.json: every key is read by the family, or inert, or an error."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Keys that change nothing a checkpoint computes: provenance, defaults of generation, hints for other programs.
+INERT = frozenset(
+    """architectures auto_map transformers_version model_type torch_dtype dtype use_cache _name_or_path name_or_path
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id task_specific_params
+    return_dict output_hidden_states output_attentions torchscript _commit_hash _attn_implementation
+    attn_implementation _attn_implementation_autoset gradient_checkpointing id2label label2id problem_type
+    finetuning_task tokenizer_class prefix chunk_size_feed_forward is_encoder_decoder is_decoder
+    keys_to_ignore_at_inference cache_implementation hybrid_cache_max_batch unsloth_version unsloth_fixed""".split()
+)
+
+_REQUIRED = object()
+
+
+class Reader:
+    """Hands out the keys of a config.json and remembers which; `finish` raises on what nobody read."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json", ignore: Iterable[str] = ()):
+        self.values, self.where, self.ignore = values, where, frozenset(ignore)
+        self._read: set[str] = set()
+        self._parts: list[Reader] = []
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a required key; a missing or null one raises."""
+        value = self.get(key, _REQUIRED)
+        if value is _REQUIRED:
+            near = difflib.get_close_matches(key, self.values, 1)
+            hint = f"; it has {near[0]!r}" if near else ""
+            raise ValueError(f"{self.where} has no {key!r}, which this architecture needs{hint}")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or the default when it is missing or null."""
+        self._read.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def choice(self, key: str, table: Mapping[Any, Any], default: Any = _REQUIRED) -> Any:
+        """The entry of `table` that the key's value names."""
+        value = self[key] if default is _REQUIRED else self.get(key, default)
+        if value not in table:
+            raise ValueError(f"{self.where}: {key}={value!r} is not supported; supported: {', '.join(map(str, table))}")
+        return table[value]
+
+    def inert(self, *keys: str) -> None:
+        """Keys that change nothing this library computes; the caller's comment says why."""
+        self._read.update(keys)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """For a feature that is not implemented: any value but these raises; the first is the default."""
+        if (value := self.get(key, allowed[0])) not in allowed:
+            raise ValueError(f"{self.where}: {key}={value!r} is not supported; expected {' or '.join(map(repr, allowed))}")
+
+    def part(self, key: str) -> "Reader":
+        """A reader of the object under a key (empty when missing), finished together with this one."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self.where}: {key} must be an object, got {value!r}")
+        mine = [name.removeprefix(f"{key}.") for name in self.ignore if name.startswith(f"{key}.")]
+        part = Reader(value, f"{self.where}: {key}", mine)
+        self._parts.append(part)
+        return part
+
+    def unread(self) -> list[str]:
+        known = self._read | INERT | self.ignore
+        mine = [f"{key}={value!r}" for key, value in self.values.items() if key not in known]
+        return mine + [f"{p.where.removeprefix(self.where + ': ')}.{u}" for p in self._parts for u in p.unread()]
+
+    def finish(self) -> None:
+        """Raises, naming every key that no one read."""
+        stale = {name for name in self.ignore if name.split(".")[0] not in self.values}
+        if stale:
+            raise ValueError(f"ignore_fields names {', '.join(sorted(stale))}, which {self.where} does not have")
+        if unread := self.unread():
+            raise ValueError(
+                f"{self.where} has fields this architecture does not know: {', '.join(unread)}. If they do not "
+                f"matter, pass ignore_fields=[...] (command line: --ignore-field NAME)"
+            )

@@ -1,0 +1,80 @@
+"""What a source is: a checkpoint directory or a .gguf file, opened without reading weights."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxlm.checkpoints import files
+from jaxlm.checkpoints.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint's config and the ways to its tensors and tokenizer."""
+
+    where: str
+    hf_config: dict[str, Any]
+    generation_config: dict[str, Any]
+    source: Callable[[], Source]
+    tokenizer: Callable[[], Any]
+    directory: Path | None  # None for a .gguf file
+
+    @property
+    def model_type(self) -> str:
+        if not isinstance(self.hf_config.get("model_type"), str):
+            raise ValueError(f"{self.where}: config.json has no 'model_type', which names the architecture")
+        return self.hf_config["model_type"]
+
+    def write_tokenizer(self, directory: Path) -> None:
+        """Copies the tokenizer's files, or writes those of a .gguf file's tokenizer."""
+        if self.directory is None:
+            self.tokenizer().save_pretrained(directory)
+            return
+        if not self.directory.is_dir():
+            raise FileNotFoundError(f"{self.directory} is gone; its tokenizer files cannot be copied")
+        for name in files.TOKENIZER:
+            if (self.directory / name).is_file():
+                shutil.copyfile(self.directory / name, directory / name)
+
+
+def open_checkpoint(source: str | Path) -> Opened:
+    """A directory with config.json, or a .gguf file; anything else is an error that says what was found."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.is_dir():
+        return _open_directory(path)
+    if path.exists():
+        raise ValueError(f"{path} is neither a checkpoint directory nor a .gguf file")
+    raise FileNotFoundError(f"{source}: no such directory or .gguf file (names on a hub are not downloaded yet)")
+
+
+def _open_directory(path: Path) -> Opened:
+    from jaxlm.checkpoints.safetensors import SafetensorsSource
+
+    if not (path / files.CONFIG).is_file():
+        found = sorted(p.name for p in path.iterdir())[:8]
+        raise FileNotFoundError(f"{path} has no config.json; it holds {', '.join(found) or 'nothing'}")
+    generation = path / files.GENERATION
+
+    def tokenizer():
+        from transformers import AutoTokenizer
+
+        if not any((path / name).is_file() for name in files.TOKENIZER):
+            raise FileNotFoundError(f"{path} has no tokenizer files")
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+    return Opened(
+        where=str(path),
+        hf_config=files.read_json(path / files.CONFIG),
+        generation_config=files.read_json(generation) if generation.is_file() else {},
+        source=lambda: SafetensorsSource(path),
+        tokenizer=tokenizer,
+        directory=path,
+    )
+
+
+def _open_gguf(path: Path) -> Opened:
+    raise NotImplementedError
