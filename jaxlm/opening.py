@@ -77,4 +77,25 @@ def _open_directory(path: Path) -> Opened:
 
 
 def _open_gguf(path: Path) -> Opened:
-    raise NotImplementedError
+    from jaxlm.checkpoints import gguf, gguf_config
+    from jaxlm.models import registry
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    tables = [table for name in registry.names() for table in registry.family(name).gguf]
+    file = gguf.GgufFile(path)
+    table = gguf.select(file, tables)
+
+    def tokenizer():
+        from jaxlm.checkpoints.gguf_tokenizer import tokenizer
+
+        return tokenizer(file.metadata)
+
+    return Opened(
+        where=str(path),
+        hf_config=table.config(file),
+        generation_config=gguf_config.generation(file),
+        source=lambda: gguf.GgufSource(gguf.GgufFile(path), table),
+        tokenizer=tokenizer,
+        directory=None,
+    )

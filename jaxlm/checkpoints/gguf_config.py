@@ -34,9 +34,7 @@ ATTENTION = tuple(layer(f"attn_{part}.weight", f"self_attn.{hf}.weight") for par
 BIASES = tuple(layer(f"attn_{part}.bias", f"self_attn.{hf}.bias", optional=True) for part, hf in PARTS.items())
 QK_NORMS = tuple(layer(f"attn_{part}_norm.weight", f"self_attn.{part}_norm.weight") for part in "qk")
 MLP = tuple(layer(f"ffn_{part}.weight", f"mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
-MLP_BIASES = tuple(
-    layer(f"ffn_{part}.bias", f"mlp.{part}_proj.bias", optional=True) for part in ("gate", "up", "down")
-)
+MLP_BIASES = tuple(layer(f"ffn_{part}.bias", f"mlp.{part}_proj.bias", optional=True) for part in ("gate", "up", "down"))
 
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
@@ -60,6 +58,11 @@ def permuted(tensors: tuple[GgufTensor, ...]) -> tuple[GgufTensor, ...]:
     return tuple(
         dataclasses.replace(t, heads=next((key for part, key in keys.items() if part in t.gguf), None)) for t in tensors
     )
+
+
+def required(tensors: tuple[GgufTensor, ...]) -> tuple[GgufTensor, ...]:
+    """The same, none of them optional."""
+    return tuple(dataclasses.replace(t, optional=False) for t in tensors)
 
 
 def shifted(tensors: tuple[GgufTensor, ...]) -> tuple[GgufTensor, ...]:
@@ -95,8 +98,9 @@ class Keys:
         return ValueError(f"{self.file.path}: metadata {self.prefix + key!r} is {value!r}, expected {expected}")
 
     def finish(self) -> None:
-        keys = (k.removeprefix(self.prefix) for k in self.file.metadata if k.startswith(self.prefix))
-        if unread := [f"{self.prefix}{k}={self._plain(k, self[k])!r}" for k in keys if k not in self._read | self.INERT]:
+        known = {self.prefix + key for key in self._read | self.INERT}
+        mine = {key: value for key, value in self.file.metadata.items() if key.startswith(self.prefix)}
+        if unread := [f"{key}={value!r}" for key, value in mine.items() if key not in known]:
             raise ValueError(f"{self.file.path}: metadata that this architecture does not know: {', '.join(unread)}")
 
     def _plain(self, key: str, value: Any) -> Any:
@@ -111,11 +115,23 @@ class Keys:
         return value
 
 
-def decoder(file: GgufFile, model_type: str, architecture: str) -> tuple[dict[str, Any], Keys]:
-    """The fields of config.json that every family has, and the keys, of which the family reads its own and finishes."""
+def decoder(
+    file: GgufFile, model_type: str, architecture: str, partial: bool = False, experts: bool = False
+) -> tuple[dict[str, Any], Keys]:
+    """The fields of config.json that every family has, and the keys, of which the family reads its own and finishes.
+
+    partial: RoPE may turn only some of a head's features. experts: the family reads the keys of its mixture itself.
+    """
     keys = Keys(file)
     keys.expect("attention.causal", True)
-    keys.expect("rope.scaling.finetuned", True, False)
+    if experts:  # what the supported mixtures have in common
+        keys.expect("expert_gating_func", 1)  # softmax
+        keys.expect("expert_weights_norm", True)
+        keys.expect("expert_weights_scale", 1.0, 0.0)
+        keys.expect("expert_shared_count", 0)
+    else:
+        keys.expect("expert_count", 0)
+        keys.expect("expert_used_count", 0)
     d_model, n_heads = keys["embedding_length"], keys["attention.head_count"]
     head_dim = keys.get("attention.key_length", d_model // n_heads)
     keys.expect("attention.value_length", head_dim)
@@ -130,7 +146,7 @@ def decoder(file: GgufFile, model_type: str, architecture: str) -> tuple[dict[st
         "max_position_embeddings": keys["context_length"],
         "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
     }
-    config["rope_parameters"] = rope(keys, head_dim, config["max_position_embeddings"])
+    config["rope_parameters"] = rope(keys, head_dim, config["max_position_embeddings"], partial)
     return config, keys
 
 
@@ -177,7 +193,7 @@ def biased(file: GgufFile, tensors: tuple[GgufTensor, ...]) -> bool:
 
 
 def rope(keys: Keys, head_dim: int, context: int, partial: bool = False) -> dict[str, Any]:
-    """`rope_parameters`; `partial`: only some of a head's features may be rotated."""
+    """`rope_parameters`, from the keys under `rope.` and the tensors of frequency divisors."""
     theta, dim = keys.get("rope.freq_base", 10_000.0), keys.get("rope.dimension_count", head_dim)
     if not partial and dim != head_dim:
         raise keys.error("rope.dimension_count", dim, f"the head's {head_dim}")
@@ -235,17 +251,17 @@ def _llama3(keys: Keys, theta: float, dim: int) -> dict[str, Any]:
     stored = keys.file.read(ROPE_FREQS).astype(np.float64)
     if stored.shape == (dim // 2,) and np.all(stored == 1):
         return {"rope_type": "default"}
-    high = 4.0
+    high, factor = 4.0, float(str(np.float32(stored.max())))
     freqs = theta ** -(np.arange(0, dim, 2) / dim)
     for original in (2**i for i in range(10, 21)):
-        factor = float(str(np.float32(stored.max())))
         smooth = np.clip((original * freqs / (2 * math.pi) - 1) / (high - 1), 0, 1)
         divisors = 1 / ((1 - smooth) / factor + smooth)
-        # Only what lies between 1 and the factor tells the context.
-        if stored.shape == divisors.shape and np.any((smooth > 0) & (smooth < 1)):  # noqa: SIM102
-            if np.allclose(stored, divisors, rtol=3e-6, atol=0):
-                ramp = {"low_freq_factor": 1.0, "high_freq_factor": high}
-                return {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original, **ramp}
+        # Only what lies between 1 and the factor tells the context. The tolerance is what llama.cpp's float32
+        # arithmetic loses where `smooth` is near 0; the next context is 1e-2 away.
+        tells = stored.shape == divisors.shape and np.any((smooth > 0) & (smooth < 1))
+        if tells and np.allclose(stored, divisors, rtol=2e-5, atol=0):
+            ramp = {"low_freq_factor": 1.0, "high_freq_factor": high}
+            return {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original, **ramp}
     raise ValueError(
         f"{keys.file.path}: tensor {ROPE_FREQS!r} holds frequency divisors that are not Llama 3's scaling "
         f"(low_freq_factor 1, high_freq_factor {high:g}, an original context of a power of two); nothing else is "

@@ -49,9 +49,11 @@ def parse_json(raw: bytes, what: str, problems: list[str]) -> dict[str, Any] | N
     """The JSON object in `raw`; what is wrong with it, a key given twice included, goes to `problems`."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = collections.Counter(key for key, _ in items)
-        problems.extend(f"{what} has the key {key!r} {count} times" for key, count in counts.items() if count > 1)
-        return dict(items)
+        content = dict(items)
+        if len(content) < len(items):
+            counts = collections.Counter(key for key, _ in items)
+            problems.extend(f"{what} has the key {key!r} {count} times" for key, count in counts.items() if count > 1)
+        return content
 
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)

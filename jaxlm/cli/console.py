@@ -1,29 +1,41 @@
 """What the commands share: the two consoles, tables, a progress bar, and numbers and arguments for people."""
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-Source = Annotated[str, tyro.conf.arg(metavar="SOURCE", help="directory of a checkpoint, or .gguf file")]
+# An option whose default, None, needs no mention.
+Option = functools.partial(tyro.conf.arg, help_behavior_hint="")
+Dtype = Literal["float32", "bfloat16", "float16"] | None
+Source = Annotated[str, tyro.conf.arg(metavar="SOURCE", help="a checkpoint's directory, or a .gguf file")]
 IgnoreFields = Annotated[
     tuple[str, ...],
-    tyro.conf.arg(name="ignore-field", metavar="NAME", help="field of config.json to do without; may be given again"),
+    tyro.conf.arg(name="ignore-field", metavar="NAME", help="a field of config.json to do without"),
+]
+IgnoreGenerationFields = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(name="ignore-generation-field", metavar="NAME", help="the same, of generation_config.json"),
 ]
 
-out = Console(soft_wrap=True)
+# A pipe has no width; names of tensors must come through whole.
+out = Console(width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str) -> Table:
     """An empty table; a column whose name starts with > is aligned to the right."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        made.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
     return made
 
 

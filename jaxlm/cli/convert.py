@@ -2,23 +2,18 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import tyro
-
-from jaxlm.cli.console import IgnoreFields, Source, err, load, progress, size
+from jaxlm.cli.console import Dtype, IgnoreFields, Option, Source, err, load, progress, size
 
 
 def convert(
     source: Source,
-    out: Annotated[str, tyro.conf.arg(metavar="OUT", help="the directory to write")],
+    out: Annotated[str, Option(metavar="OUT", help="the directory to write")],
     /,
     *,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        tyro.conf.arg(help="of the tensors written; without it, each keeps its own"),
-    ] = None,
-    overwrite: Annotated[bool, tyro.conf.arg(help="replace what OUT holds")] = False,
+    dtype: Annotated[Dtype, Option(metavar="DTYPE", help="to write: float32, bfloat16 or float16")] = None,
+    overwrite: Annotated[bool, Option(help="replace what OUT holds")] = False,
     ignore_fields: IgnoreFields = (),
 ) -> int:
     """Writes a checkpoint as Hugging Face safetensors with its config, tokenizer and template files.

@@ -2,13 +2,9 @@
 
 import sys
 import time
-from typing import Annotated, Literal
+from typing import Annotated
 
-import tyro
-
-from jaxlm.cli.console import IgnoreFields, Source, err, load
-
-Option = tyro.conf.arg
+from jaxlm.cli.console import Dtype, IgnoreFields, IgnoreGenerationFields, Option, Source, err, load, out
 
 
 def generate(
@@ -25,8 +21,9 @@ def generate(
     min_p: Annotated[float | None, Option(metavar="P", help="drop tokens below P times the likeliest one")] = None,
     repetition_penalty: Annotated[float | None, Option(metavar="R", help="above 1 disfavours tokens seen")] = None,
     seed: Annotated[int, Option(metavar="N", help="of the random draws")] = 0,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Option(help="to compute in")] = None,
+    dtype: Annotated[Dtype, Option(metavar="DTYPE", help="to compute in: float32, bfloat16 or float16")] = None,
     ignore_fields: IgnoreFields = (),
+    ignore_generation_fields: IgnoreGenerationFields = (),
 ) -> int:
     """Continues PROMPT, or answers it with --chat, and streams the text to standard output.
 
@@ -37,37 +34,38 @@ def generate(
     if system is not None and not chat:
         raise ValueError("--system is the first message of a chat: add --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
-    model = load(source, dtype, ignore_fields)
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
+    if not text:
+        raise ValueError("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
+    model = load(source, dtype, ignore_fields)
 
     start = time.perf_counter()
-    first: list[float] = []
+    arrivals: list[float] = []
 
     def write(piece: str) -> None:
-        if not first:
-            first.append(time.perf_counter())
-        print(piece, end="", flush=True)
+        arrivals.append(time.perf_counter())
+        out.file.write(piece)
+        out.file.flush()
 
-    answer = model.generate(None if chat else [text], chat=messages if chat else None, stream=write, **options)
+    answer = model.generate(
+        None if chat else text,
+        chat=messages if chat else None,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stream=write,
+        ignore_fields=ignore_generation_fields,
+    )
     end = time.perf_counter()
-    print(flush=True)
-    report(model, answer, start, first[0] if first else end, end)
+    out.file.write("\n")
+    n_tokens = len(model.tokenizer.encode(answer, add_special_tokens=False))
+    # Both of the first two tokens wait for a compilation, of the prompt's program and of the next tokens'.
+    steady = arrivals[-1] - arrivals[1] if len(arrivals) > 2 else 0
+    rate = f"; {(n_tokens - 2) / steady:.1f} tokens/s once compiled" if steady > 0 else ""
+    err.print(f"{n_tokens} tokens in {end - start:.1f} s{rate}", style="dim", highlight=False)
     return 0
-
-
-def report(model, answer, start: float, first: float, end: float) -> None:
-    """Says on stderr how fast it went; the time to the first token includes compilation."""
-    (text,) = answer
-    tokens = len(model.tokenizer.encode(text, add_special_tokens=False))
-    rate = f", then {(tokens - 1) / (end - first):.1f} tokens/s" if tokens > 1 else ""
-    err.print(f"{tokens} tokens; first after {first - start:.2f} s{rate}", style="dim", highlight=False)

@@ -57,10 +57,10 @@ def verify(
     if tokens < 1 or new_tokens < 0:
         raise ValueError(f"--tokens {tokens} --new-tokens {new_tokens}: expected at least 1 and 0")
     model = load(source, "float32", ignore_fields)
-    if tokens + new_tokens > model.config.context:
+    if tokens + new_tokens > model.config.max_context:
         raise ValueError(
             f"--tokens {tokens} and --new-tokens {new_tokens} are more than the model's context of "
-            f"{model.config.context} tokens"
+            f"{model.config.max_context} tokens"
         )
     with err.status("loading the reference"):
         theirs = reference(Path(source))
@@ -92,7 +92,10 @@ def compare(model, theirs, n_tokens: int, new_tokens: int) -> Report:
     with jax.default_matmul_precision("float32"):
         ours = np.asarray(model(ids[None]))[0]
         streams = np.asarray(model(ids[None], output="all_hidden"))[:, 0]
-        greedy = np.asarray(model.generate(ids[None], max_new_tokens=new_tokens, temperature=0, eos=()))[0]
+        greedy = np.zeros(0, np.int32)
+        if new_tokens:
+            plain = {"temperature": 0, "repetition_penalty": 1, "eos": ()}  # whatever generation_config.json says
+            greedy = model.generate(ids[None], max_new_tokens=new_tokens, **plain)[0]
     want, want_streams, want_greedy, margins = run_reference(theirs, ids, new_tokens)
     same = np.cumprod(greedy == want_greedy, dtype=int).sum()
     return Report(
@@ -114,7 +117,7 @@ def prompt_ids(model, n: int) -> tuple[np.ndarray, str]:
     except (FileNotFoundError, ValueError):
         ids = np.random.default_rng(0).integers(model.config.vocab_size, size=n)
         return ids.astype(np.int32), f"{n} drawn at random, as there is no tokenizer"
-    ids = tokenizer.encode(topics["execmodel"] + topics["datamodel"])
+    ids = tokenizer.encode("\n".join(topics.values())[: 20 * n])
     if len(ids) < n:
         raise ValueError(f"--tokens {n}: the built-in text has {len(ids)}")
     return np.asarray(ids[:n], np.int32), f"{n} of English text"

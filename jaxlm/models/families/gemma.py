@@ -1,5 +1,7 @@
 """Gemma: GeGLU, wide heads, norms that scale by 1 + w, embeddings times sqrt(d_model), tied head."""
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.models import fields
 from jaxlm.models.config import DecoderConfig, NormConfig
 from jaxlm.models.families import llama
@@ -32,3 +34,13 @@ def base(r: Reader, *, mlp, rope, scale: float | None = None, softcap: float | N
         embed_scale=r["hidden_size"] ** 0.5,
         **more,
     )
+
+
+def gguf_config(file: GgufFile) -> dict:
+    config, keys = gguf.decoder(file, "gemma", "GemmaForCausalLM")
+    keys.finish()
+    return config | {"hidden_act": "gelu_pytorch_tanh"}
+
+
+GGUF_TENSORS = gguf.shifted((*gguf.EMBED, *gguf.NORMS, *gguf.ATTENTION, *gguf.MLP))
+GGUF = (Gguf("gemma", GGUF_TENSORS, gguf_config),)

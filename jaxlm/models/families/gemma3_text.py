@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.checkpoints.rules import AnyRule, Rule
 from jaxlm.models import fields
 from jaxlm.models.config import DecoderConfig
@@ -50,3 +52,28 @@ def ropes(r: Reader) -> tuple[Rope, Rope]:
 
 def rules(config: DecoderConfig) -> tuple[AnyRule, ...]:
     return (*RULES, llama.head(config))
+
+
+def gguf_config(file: GgufFile) -> dict:
+    config, keys = gguf.decoder(file, "gemma3_text", "Gemma3ForCausalLM")
+    period = keys.get("attention.sliding_window_pattern", 6)
+    n_layers, window = config["num_hidden_layers"], keys.get("attention.sliding_window")
+    local = [window is not None and (layer + 1) % period != 0 for layer in range(n_layers)]
+    own = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": gemma2.gguf_query_scalar(config, n_layers == 62),
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in local],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "rope_parameters": {
+            # Only the global layers are stretched.
+            "sliding_attention": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10_000.0)},
+            "full_attention": config["rope_parameters"],
+        },
+    }
+    keys.finish()
+    return config | own
+
+
+GGUF = (Gguf("gemma3", (*gemma2.GGUF_TENSORS, *gguf.shifted(gguf.QK_NORMS)), gguf_config),)

@@ -1,5 +1,7 @@
 """GPT-2: learned positions, LayerNorm, tanh-GELU, q, k, v in one input-major tensor, tied head."""
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile, GgufTensor
 from jaxlm.checkpoints.rules import Alias, AnyRule, Interleaved, Rule
 from jaxlm.models import fields
 from jaxlm.models.config import AttentionConfig, DecoderConfig, DropoutConfig, Kind, MlpConfig, NormConfig
@@ -64,3 +66,44 @@ def rules(config: DecoderConfig) -> tuple[AnyRule, ...]:
     if config.tie_embeddings:
         return (*RULES, Alias("lm_head.weight", "transformer.wte.weight"))
     return (*RULES, Rule("lm_head.weight", "head/w"))
+
+
+def gguf_config(file: GgufFile) -> dict:
+    keys = gguf.Keys(file)
+    d_model, d_ff = keys["embedding_length"], keys["feed_forward_length"]
+    config = {
+        **gguf.identity(file, "gpt2", "GPT2LMHeadModel"),
+        "n_embd": d_model,
+        "n_layer": keys["block_count"],
+        "n_head": keys["attention.head_count"],
+        "n_positions": keys["context_length"],
+        "n_inner": None if d_ff == 4 * d_model else d_ff,
+        "layer_norm_epsilon": keys["attention.layer_norm_epsilon"],
+        "activation_function": "gelu_new",
+    }
+    keys.expect("attention.head_count_kv", config["n_head"])
+    keys.finish()
+    return config
+
+
+def both(gguf_name: str, hf: str, transpose: bool = False) -> tuple[GgufTensor, ...]:
+    """A weight and its bias; `transpose`: the weight is one of transformers' input-major ones."""
+    return GgufTensor(gguf_name + ".weight", hf + ".weight", transpose=transpose), GgufTensor(
+        gguf_name + ".bias", hf + ".bias"
+    )
+
+
+GGUF_TENSORS = (
+    GgufTensor("token_embd.weight", "transformer.wte.weight"),
+    GgufTensor("position_embd.weight", "transformer.wpe.weight"),
+    # Written by old converters, as a copy of token_embd that may be quantized otherwise.
+    GgufTensor("output.weight", "lm_head.weight", optional=True),
+    *both("output_norm", "transformer.ln_f"),
+    *both(gguf.B + "attn_norm", L + "ln_1"),
+    *both(gguf.B + "ffn_norm", L + "ln_2"),
+    *both(gguf.B + "attn_qkv", L + "attn.c_attn", transpose=True),
+    *both(gguf.B + "attn_output", L + "attn.c_proj", transpose=True),
+    *both(gguf.B + "ffn_up", L + "mlp.c_fc", transpose=True),
+    *both(gguf.B + "ffn_down", L + "mlp.c_proj", transpose=True),
+)
+GGUF = (Gguf("gpt2", GGUF_TENSORS, gguf_config),)

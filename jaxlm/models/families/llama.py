@@ -1,5 +1,7 @@
 """Llama: pre-norm RMSNorm, SwiGLU, grouped-query attention, RoPE of every scaling."""
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.checkpoints.rules import Alias, AnyRule, Rule
 from jaxlm.models import fields
 from jaxlm.models.config import AttentionConfig, DecoderConfig, DropoutConfig, Kind, MlpConfig, NormConfig
@@ -92,3 +94,18 @@ def head(config: DecoderConfig) -> AnyRule:
 def without(rules: tuple[AnyRule, ...], *paths: str) -> tuple[AnyRule, ...]:
     """The rules, less those for leaves under these paths."""
     return tuple(r for r in rules if not (isinstance(r, Rule) and r.path.startswith(paths)))
+
+
+def gguf_config(file: GgufFile, model_type: str = "llama", architecture: str = "LlamaForCausalLM") -> dict:
+    config, keys = gguf.decoder(file, model_type, architecture)
+    keys.finish()
+    biases = {"attention_bias": gguf.biased(file, gguf.BIASES), "mlp_bias": gguf.biased(file, gguf.MLP_BIASES)}
+    return config | biases | {"hidden_act": "silu"}
+
+
+# llama.cpp says "llama" for Llama, Mistral and Mixtral. With experts it is a Mixtral, else a Llama: it does not keep
+# Mistral's sliding window (which only the first Mistral 7B has), and without one the two are the same computation.
+GGUF_TENSORS = gguf.permuted((*gguf.EMBED, *gguf.NORMS, *gguf.ATTENTION, *gguf.BIASES, *gguf.MLP, *gguf.MLP_BIASES))
+GGUF = (
+    Gguf("llama", GGUF_TENSORS, gguf_config, lambda m: not m.get("llama.expert_count"), in_config=gguf.ROPE_TENSORS),
+)

@@ -16,3 +16,6 @@ def config(r: Reader) -> DecoderConfig:
         rope=fields.rope(r),
         windows=(r.get("sliding_window"),) * r["num_hidden_layers"],
     )
+
+
+GGUF = ()  # llama.cpp's files of Mistral say "llama": see llama.py

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.checkpoints.rules import AnyRule, Rule
 from jaxlm.models import fields
 from jaxlm.models.config import DecoderConfig, MoeConfig
@@ -38,3 +40,26 @@ def config(r: Reader) -> DecoderConfig:
 
 def rules(config: DecoderConfig) -> tuple[AnyRule, ...]:
     return (*RULES, llama.head(config))
+
+
+def gguf_config(file: GgufFile) -> dict:
+    config, keys = gguf.decoder(file, "mixtral", "MixtralForCausalLM", experts=True)
+    counts = {"num_local_experts": keys["expert_count"], "num_experts_per_tok": keys["expert_used_count"]}
+    keys.finish()
+    return config | counts | {"hidden_act": "silu", "sliding_window": None}
+
+
+GGUF_TENSORS = (
+    *gguf.permuted((*gguf.EMBED, *gguf.NORMS, *gguf.ATTENTION)),
+    gguf.layer("ffn_gate_inp.weight", "block_sparse_moe.gate.weight"),
+    *gguf.experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
+)
+GGUF = (
+    Gguf(
+        "llama",
+        GGUF_TENSORS,
+        gguf_config,
+        lambda m: bool(m.get("llama.expert_count")),  # without experts: llama.py
+        in_config=gguf.ROPE_TENSORS,
+    ),
+)

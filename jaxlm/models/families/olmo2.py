@@ -1,5 +1,7 @@
 """OLMo 2: Llama with its norms after each branch instead of before, and RMSNorm over all heads of q and of k."""
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.checkpoints.rules import AnyRule, Rule
 from jaxlm.models import fields
 from jaxlm.models.config import DecoderConfig
@@ -30,3 +32,21 @@ def config(r: Reader) -> DecoderConfig:
 
 def rules(config: DecoderConfig) -> tuple[AnyRule, ...]:
     return (*RULES, llama.head(config))
+
+
+def gguf_config(file: GgufFile) -> dict:
+    config, keys = gguf.decoder(file, "olmo2", "Olmo2ForCausalLM")
+    keys.expect("attention.sliding_window", 0)  # OLMo 3
+    keys.finish()
+    return config | {"hidden_act": "silu", "attention_bias": False}
+
+
+GGUF_TENSORS = (
+    *gguf.EMBED,
+    gguf.layer("post_attention_norm.weight", "post_attention_layernorm.weight"),
+    gguf.layer("post_ffw_norm.weight", "post_feedforward_layernorm.weight"),
+    *gguf.ATTENTION,
+    *gguf.QK_NORMS,
+    *gguf.MLP,
+)
+GGUF = (Gguf("olmo2", GGUF_TENSORS, gguf_config),)

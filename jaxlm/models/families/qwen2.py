@@ -1,5 +1,7 @@
 """Qwen2: Llama with biased q, k and v; a sliding window on the layers above `max_window_layers` when switched on."""
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.models import fields
 from jaxlm.models.config import DecoderConfig
 from jaxlm.models.families import llama
@@ -27,3 +29,13 @@ def upper_windows(r: Reader) -> tuple[int | None, ...]:
     if "sliding_attention" in r.get("layer_types", ()):
         raise ValueError(f"{r.where}: layer_types has sliding_attention, but use_sliding_window is false")
     return (None,) * n_layers
+
+
+def gguf_config(file: GgufFile) -> dict:
+    config, keys = gguf.decoder(file, "qwen2", "Qwen2ForCausalLM")
+    keys.finish()
+    return config | {"hidden_act": "silu", "use_sliding_window": False}
+
+
+GGUF_BIASES = gguf.required(gguf.BIASES[:3])  # of q, k and v
+GGUF = (Gguf("qwen2", (*gguf.EMBED, *gguf.NORMS, *gguf.ATTENTION, *GGUF_BIASES, *gguf.MLP), gguf_config),)

@@ -1,5 +1,7 @@
 """Qwen3: Llama with an RMSNorm on each head of q and k before RoPE, and heads wider than d_model / n_heads."""
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.checkpoints.rules import AnyRule, Rule
 from jaxlm.models import fields
 from jaxlm.models.config import AttentionConfig, DecoderConfig
@@ -15,9 +17,7 @@ RULES = (
 
 
 def config(r: Reader) -> DecoderConfig:
-    return llama.base(
-        r, attention=attention(r), mlp=llama.mlp(r), rope=fields.rope(r), windows=qwen2.upper_windows(r)
-    )
+    return llama.base(r, attention=attention(r), mlp=llama.mlp(r), rope=fields.rope(r), windows=qwen2.upper_windows(r))
 
 
 def attention(r: Reader) -> AttentionConfig:
@@ -27,3 +27,14 @@ def attention(r: Reader) -> AttentionConfig:
 
 def rules(config: DecoderConfig) -> tuple[AnyRule, ...]:
     return (*RULES, llama.head(config))
+
+
+def gguf_config(file: GgufFile) -> dict:
+    config, keys = gguf.decoder(file, "qwen3", "Qwen3ForCausalLM")
+    keys.finish()
+    bias = gguf.biased(file, gguf.BIASES)
+    return config | {"hidden_act": "silu", "attention_bias": bias, "use_sliding_window": False}
+
+
+GGUF_TENSORS = (*gguf.EMBED, *gguf.NORMS, *gguf.ATTENTION, *gguf.BIASES, *gguf.QK_NORMS)
+GGUF = (Gguf("qwen3", (*GGUF_TENSORS, *gguf.MLP), gguf_config),)

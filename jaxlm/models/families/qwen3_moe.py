@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxlm.checkpoints import gguf_config as gguf
+from jaxlm.checkpoints.gguf import Gguf, GgufFile
 from jaxlm.checkpoints.rules import AnyRule, Rule
 from jaxlm.models import fields
 from jaxlm.models.config import DecoderConfig, MoeConfig
@@ -44,3 +46,28 @@ def config(r: Reader) -> DecoderConfig:
 
 def rules(config: DecoderConfig) -> tuple[AnyRule, ...]:
     return (*RULES, llama.head(config))
+
+
+def gguf_config(file: GgufFile) -> dict:
+    config, keys = gguf.decoder(file, "qwen3_moe", "Qwen3MoeForCausalLM", experts=True)
+    top_k = keys["expert_used_count"]
+    moe = {
+        "num_experts": keys["expert_count"],
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": keys.get("expert_feed_forward_length", config["intermediate_size"] // top_k),
+        # llama.cpp always renormalises, and knows no dense layers.
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    keys.finish()
+    bias = gguf.biased(file, gguf.BIASES)
+    return config | moe | {"hidden_act": "silu", "attention_bias": bias, "use_sliding_window": False}
+
+
+GGUF_TENSORS = (
+    *qwen3.GGUF_TENSORS,
+    gguf.layer("ffn_gate_inp.weight", "mlp.gate.weight"),
+    *gguf.experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+)
+GGUF = (Gguf("qwen3moe", GGUF_TENSORS, gguf_config),)

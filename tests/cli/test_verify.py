@@ -1,0 +1,81 @@
+"""`jaxlm verify` against torch: it agrees with a right model and points at the layer of a wrong one."""
+
+import importlib.util
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlm.cli import verify
+
+
+def wrong_copy(tiny, to, name: str, factor: float):
+    """A copy of the checkpoint in which one tensor is scaled."""
+    shutil.copytree(tiny, to)
+    tensors = load_file(to / "model.safetensors")
+    tensors[name] = tensors[name] * np.float32(factor)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.torch
+def test_matches(cli, tiny):
+    code, out, _ = cli("verify", tiny, "--tokens", 100, "--new-tokens", 12)
+    assert code == 0, out
+    assert "100 of English text" in out and "100 of 100" in out and "none of 3" in out and "12 of 12 equal" in out
+    assert "does not match" not in out
+
+
+@pytest.mark.torch
+def test_random_tokens_without_a_tokenizer(cli, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    code, out, _ = cli("verify", tmp_path / "bare", "--tokens", 50, "--new-tokens", 0)
+    assert code == 0 and "drawn at random" in out
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("model.layers.1.self_attn.q_proj.weight", "layer 1"),
+        ("model.layers.2.mlp.down_proj.weight", "layer 2"),
+        ("lm_head.weight", "final norm or head"),
+    ],
+)
+def test_names_the_first_diverging_layer(cli, tiny, tmp_path, monkeypatch, name, place):
+    right = verify.reference
+    wrong = wrong_copy(tiny, tmp_path / "wrong", name, 1.001)
+    monkeypatch.setattr(verify, "reference", lambda _: right(wrong))
+    code, out, _ = cli("verify", tiny, "--tokens", 40, "--new-tokens", 4)
+    assert code == 1 and "does not match" in out
+    assert place in out.split("first diverging layer")[1].split("\n")[0]
+
+
+@pytest.mark.torch
+def test_greedy_text_alone_fails(cli, tiny, monkeypatch):
+    right = verify.run_reference
+
+    def one_token_off(*args):
+        logits, streams, greedy, margins = right(*args)
+        greedy[2] += 1
+        return logits, streams, greedy, margins
+
+    monkeypatch.setattr(verify, "run_reference", one_token_off)
+    code, out, _ = cli("verify", tiny, "--tokens", 40, "--new-tokens", 4)
+    assert code == 1 and "2 of 4 equal, then the reference prefers its token by" in out
+
+
+def test_without_torch_says_how_to_get_it(cli, tiny, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else found(name, *a))
+    code, out, err = cli("verify", tiny)
+    assert (code, out) == (2, "") and "pip install torch" in err
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("args", [["--tokens", 250, "--new-tokens", 7], ["--tokens", 0], ["--new-tokens", -1]])
+def test_bad_counts(cli, tiny, args):
+    code, out, err = cli("verify", tiny, *args)
+    assert (code, out) == (2, "") and err.startswith("error: ") and "--tokens" in err

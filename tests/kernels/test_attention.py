@@ -1,0 +1,134 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.kernels.attention import attention, cudnn, refuses_cudnn
+from jaxlm.kernels.masks import CAUSAL, EVERYTHING, KeysBefore, dense, window
+
+B, T, S, N, K, H = 2, 7, 9, 4, 2, 8
+
+
+def arrays(seed=0, dtype=np.float32, t=T, s=S, v_dim=H):
+    rng = np.random.default_rng(seed)
+    shapes = ((B, t, N, H), (B, s, K, H), (B, s, K, v_dim))
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def plain(q, k, v, seen, scale, softcap=None, bias=0.0, sinks=None):
+    """One row at a time in float64, by the definition."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out, lse = np.zeros((*q.shape[:3], v.shape[-1])), np.full(q.shape[:3], -np.inf)
+    bias = np.broadcast_to(bias, (B, N, q.shape[1], k.shape[1]))
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        logits = k[b, :, n // (N // K)] @ q[b, t, n] * scale
+        logits = softcap * np.tanh(logits / softcap) if softcap else logits
+        weights = np.where(seen[b, t], np.exp(logits + bias[b, n, t]), 0)
+        total = weights.sum() + (np.exp(sinks[n]) if sinks is not None else 0)
+        if total:
+            out[b, t, n], lse[b, t, n] = weights @ v[b, :, n // (N // K)] / total, np.log(total)
+    return out, lse
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, EVERYTHING, window(3), window(3) | KeysBefore(2)], ids=str)
+def test_masks_and_log_sum_exp(mask):
+    q, k, v = arrays(v_dim=5)
+    seen = np.broadcast_to(dense(mask, T, S), (B, T, S))
+    out, lse = attention(q, k, v, mask, return_lse=True, impl="reference")
+    want, want_lse = plain(q, k, v, seen, H**-0.5)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-6)
+
+
+def test_every_option_together():
+    q, k, v = arrays(1)
+    rng = np.random.default_rng(2)
+    q_pos, k_pos = rng.integers(0, 20, (B, T)), rng.integers(-1, 20, (B, S))
+    q_seg, k_seg = rng.integers(0, 2, (B, T)), rng.integers(0, 2, (B, S))
+    k_valid = rng.random((B, S)) < 0.8
+    bias, sinks = rng.normal(size=(1, N, T, S)).astype(np.float32), rng.normal(size=N).astype(np.float32)
+    out = attention(
+        q, k, v, window(9), q_pos=q_pos, k_pos=k_pos, q_segments=q_seg, k_segments=k_seg, k_valid=k_valid,
+        bias=bias, sinks=sinks, scale=0.3, softcap=1.5,
+    )  # fmt: skip
+    distance = q_pos[:, :, None] - k_pos[:, None]
+    seen = (distance >= 0) & (distance < 9) & (k_pos >= 0)[:, None] & (q_seg[:, :, None] == k_seg[:, None])
+    want, _ = plain(q, k, v, seen & k_valid[:, None], 0.3, 1.5, bias, sinks)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_is_zero_with_finite_gradients():
+    q, k, v = arrays(t=3)
+    nothing = jnp.zeros((B, S), bool)
+    run = lambda q, k, v: attention(q, k, v, CAUSAL, k_valid=nothing)
+    assert (np.asarray(run(q, k, v)) == 0).all()
+    for gradient in jax.grad(lambda *a: run(*a).sum(), argnums=(0, 1, 2))(q, k, v):
+        assert np.isfinite(gradient).all()
+
+
+def test_dropout_keeps_the_expectation():
+    q, k, v = arrays()
+    once = jax.jit(lambda key: attention(q, k, v, CAUSAL, dropout=(0.3, key)))
+    mean = jnp.mean(jax.vmap(once)(jax.random.split(jax.random.key(0), 4000)), 0)
+    np.testing.assert_allclose(mean, attention(q, k, v, CAUSAL), atol=0.1)
+    assert not np.array_equal(once(jax.random.key(0)), once(jax.random.key(1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "NVIDIA GPU, the default backend is 'cpu'"),
+        ({"platform": "gpu", "dtype": jnp.float32}, "computes in float16 or bfloat16, got float32"),
+        ({"platform": "gpu", "given": frozenset({"softcap", "sinks"})}, "has no sinks, softcap"),
+        ({"platform": "gpu", "mask": CAUSAL | KeysBefore(3)}, "has no exact form of Or"),
+        ({"platform": "gpu", "v_dim": 4}, "equal head dims"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_cudnn_says_what_it_refuses(change, reason):
+    q, _, v = arrays(dtype=change.get("dtype", jnp.bfloat16), v_dim=change.get("v_dim", H))
+    got = refuses_cudnn(q, v, change.get("mask", CAUSAL), change.get("given", frozenset()), change.get("platform", "cpu"))
+    assert reason in got
+
+
+def test_cudnn_accepts_causal_windows_and_says_the_same_to_jax():
+    """The arguments that cuDNN would get, given to jax.nn's portable implementation of the same call."""
+    q, k, v = arrays(t=S)
+    for mask in (CAUSAL, EVERYTHING, window(3)):
+        half = q.astype(jnp.bfloat16)
+        assert refuses_cudnn(half, half, mask, frozenset(), "gpu") is None
+        run = functools.partial(cudnn, scale=0.3, implementation="xla")
+        np.testing.assert_allclose(run(q, k, v, mask), attention(q, k, v, mask, scale=0.3), atol=2e-6)
+
+
+def test_a_named_implementation_never_falls_back():
+    q, k, v = arrays()
+    with pytest.raises(NotImplementedError, match=r"'cudnn' needs an NVIDIA GPU"):
+        attention(q, k, v, CAUSAL, impl="cudnn")
+    with pytest.raises(ValueError, match=r"unknown attention implementation 'flsh'; there are cudnn, reference"):
+        attention(q, k, v, CAUSAL, impl="flsh")
+
+
+def test_the_choice_is_logged_once(caplog):
+    from jaxlm.kernels import attention as module
+
+    module._log_choice.cache_clear()
+    q, k, v = arrays()
+    with caplog.at_level("INFO", logger="jaxlm"):
+        attention(q, k, v, CAUSAL)
+        attention(q, k, v, CAUSAL)
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention uses reference; cudnn needs an NVIDIA GPU, the default backend is 'cpu'"
+    ]
+
+
+def test_bad_shapes_are_named():
+    q, k, v = arrays()
+    with pytest.raises(ValueError, match=r"q\.shape=\(2, 7, 3, 8\) k\.shape=\(2, 9, 2, 8\)"):
+        attention(q[:, :, :3], k, v, CAUSAL)
+    with pytest.raises(ValueError, match="q BTNH, k BSKH"):
+        attention(q[0], k, v, CAUSAL)
+    with pytest.raises(ValueError, match="given together"):
+        attention(q, k, v, CAUSAL, q_segments=jnp.zeros((B, T), int))

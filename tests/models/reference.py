@@ -1,0 +1,138 @@
+"""The torch side of the parity tests: a tiny model with every weight re-drawn, saved as a checkpoint, and what it
+computes. Each case is built once per process."""
+
+import dataclasses
+import functools
+import json
+import logging
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from tests.models.cases import LENGTH, VOCAB, Case
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+transformers.utils.logging.disable_progress_bar()
+ROWS = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """A checkpoint on disk and the original's results for `tokens` [3, LENGTH]."""
+
+    case: Case
+    directory: Path
+    model: Any
+    tokens: np.ndarray
+    logits: np.ndarray  # [3, LENGTH, VOCAB]
+    keep: Any  # the temporary directory's owner
+
+    @functools.cached_property
+    def gradients(self) -> Path:
+        """A checkpoint whose tensors are the gradients of `loss`: they have been through the same renaming."""
+        return self._gradients()
+
+    def _gradients(self) -> Path:
+        model, tokens = self.model, torch.tensor(self.tokens)
+        logits = model(tokens).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.grad if p.grad is not None else torch.zeros_like(p))
+        model.zero_grad(set_to_none=True)
+        directory = self.directory.parent / "gradients"
+        model.save_pretrained(directory)
+        (directory / "config.json").write_text((self.directory / "config.json").read_text())
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name])
+        return directory
+
+    def router_loss(self, valid: np.ndarray | None = None) -> float:
+        """The auxiliary loss of transformers, over the valid tokens."""
+        mask = None if valid is None else torch.tensor(valid.astype(np.int64))
+        config = self.model.config
+        experts = config.num_local_experts if "num_local_experts" in config.to_dict() else config.num_experts
+        with torch.no_grad():
+            out = self.model(torch.tensor(self.tokens), attention_mask=mask, output_router_logits=True)
+        return float(load_balancing_loss_func(out.router_logits, experts, config.num_experts_per_tok, mask))
+
+
+@functools.cache
+def reference(case: Case) -> Reference:
+    keep = tempfile.TemporaryDirectory(prefix=f"jaxlm-{case.id}-")
+    directory = Path(keep.name) / "checkpoint"
+    model = build(case)
+    model.save_pretrained(directory, max_shard_size=case.shard)
+    respell(case, directory, model.config)
+    tokens = np.random.default_rng(zlib.crc32(case.id.encode())).integers(3, VOCAB, (ROWS, LENGTH))
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens)).logits.numpy()
+    return Reference(case, directory, model, tokens, logits, keep)
+
+
+def build(case: Case) -> Any:
+    """The torch model with all weights, norms and biases drawn with std 0.2; norm scales around their neutral value."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+    kwargs = json.loads(json.dumps(case.kwargs))  # transformers writes into the dicts it is given
+    config = getattr(transformers, case.config)(**kwargs, attn_implementation="eager")
+    model = getattr(transformers, case.model)(config).eval()
+    neutral = 0.0 if "gemma" in config.model_type else 1.0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+            if p.ndim == 1 and name.endswith("weight"):
+                p += neutral
+    return model
+
+
+def respell(case: Case, directory: Path, config: Any) -> None:
+    """Rewrites config.json as the case says, and checks that transformers still reads the same model from it."""
+    path = directory / "config.json"
+    stored = json.loads(path.read_text())
+    if case.spelling == 4:
+        stored = spelled_4(stored, case.rope_key)
+    for key in case.dropped:
+        stored.pop(key, None)
+    path.write_text(json.dumps(stored | case.stored, indent=2))
+    again = transformers.AutoConfig.from_pretrained(directory)
+    for key in ("layer_types", "head_dim", "num_key_value_heads", "hidden_act", "hidden_activation", "sliding_window"):
+        ours, theirs = getattr(again, key, None), getattr(config, key, None)
+        if key not in case.stored and ours != theirs:
+            raise AssertionError(f"{case.id}: {key} is {ours!r} after rewriting, was {theirs!r}")
+    ours, theirs = _comparable(again), _comparable(config)
+    if ours != theirs:
+        raise AssertionError(f"{case.id}: RoPE is {ours} after rewriting, was {theirs}")
+
+
+def _comparable(config: Any) -> Any:
+    ropes = getattr(config, "rope_parameters", None)
+    strip = lambda d: {k: v for k, v in d.items() if k != "type"} if isinstance(d, dict) else d
+    return strip({k: strip(v) for k, v in ropes.items()}) if ropes else None
+
+
+def spelled_4(stored: dict[str, Any], rope_key: str) -> dict[str, Any]:
+    """config.json as transformers 4 wrote it: torch_dtype, rope_theta, rope_scaling."""
+    stored = dict(stored, torch_dtype=stored.pop("dtype"), transformers_version="4.40.0")
+    ropes = stored.pop("rope_parameters", None)
+    if ropes is None:
+        return stored
+    if "full_attention" in ropes:
+        stored["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
+        ropes = ropes["full_attention"]
+    ropes = dict(ropes)
+    stored["rope_theta"] = ropes.pop("rope_theta")
+    if (fraction := ropes.pop("partial_rotary_factor", 1.0)) != 1.0:
+        stored["partial_rotary_factor"] = fraction
+    kind = ropes.pop("rope_type")
+    if "original_max_position_embeddings" in stored:  # Phi-3 keeps it outside
+        ropes.pop("original_max_position_embeddings", None)
+    stored["rope_scaling"] = None if kind == "default" else {rope_key: kind, **ropes}
+    return stored
