@@ -78,7 +78,9 @@ def tokenizer(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> "Pre
         for name, default in (("bos", add_bos), ("eos", False))
     ]
     _add_ends(pipeline, *ends)
-    return PreTrainedTokenizerFast(
+    # transformers copies the pipeline, which is through JSON and takes 4 s for Gemma's; nobody else holds this one.
+    pipeline.__deepcopy__ = lambda memo: pipeline  # pyright: ignore
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=pipeline,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
@@ -87,6 +89,8 @@ def tokenizer(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> "Pre
         # Also a token that is not set is named, for transformers would make up "<s>" and "</s>".
         **{name: token for name, token in special.items() if token is not None or name in ("bos_token", "eos_token")},
     )
+    del pipeline.__deepcopy__  # pyright: ignore
+    return wrapped
 
 
 class _Vocab:

@@ -91,7 +91,7 @@ def stored(
     def read(name: str) -> np.ndarray:
         binding = names.bindings[name]
         parts = [np.asarray(arrays[path][binding.index]) for path in binding.paths]
-        return np.ascontiguousarray(binding.rule.join(parts)).astype(specs[name][0], copy=False)
+        return binding.rule.join(parts).astype(specs[name][0], copy=False)
 
     return specs, read
 

@@ -127,7 +127,10 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> str:
     if "tokenizer.ggml.tokens" not in metadata:
         return "none"
     model = metadata.get("tokenizer.ggml.model")
-    words = [{"gpt2": "BPE", "llama": "SentencePiece"}.get(str(model), str(model)), f"{len(metadata['tokenizer.ggml.tokens']):,} tokens"]
+    words = [
+        {"gpt2": "BPE", "llama": "SentencePiece"}.get(str(model), str(model)),
+        f"{len(metadata['tokenizer.ggml.tokens']):,} tokens",
+    ]
     return ", ".join(words + ["chat template"] * ("tokenizer.chat_template" in metadata))
 
 

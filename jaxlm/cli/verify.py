@@ -48,12 +48,14 @@ def verify(
     """Compares a checkpoint with transformers' own model in float32, on English text; exit code 1 if they differ.
 
     They match when no logit differs by more than 1e-5 of the largest one and the greedy continuations are the same. For
-    a .gguf file the reference is transformers' GGUF loader. Needs torch: pip install torch
+    a .gguf file the reference is transformers' GGUF loader. Needs torch, and accelerate for a .gguf file.
 
     Example: jaxlm verify SmolLM2.gguf --tokens 512 --new-tokens 64
     """
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError("verify compares with transformers' own model, which needs torch: pip install torch")
+    needed = ["torch", "accelerate"] if source.endswith(".gguf") else ["torch"]  # transformers asks for both
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
+        missed = " ".join(missing)
+        raise ValueError(f"verify compares with transformers' own model, which needs more: pip install {missed}")
     if tokens < 1 or new_tokens < 0:
         raise ValueError(f"--tokens {tokens} --new-tokens {new_tokens}: expected at least 1 and 0")
     model = load(source, "float32", ignore_fields)

@@ -1,6 +1,8 @@
 """The reader and writer of safetensors files: what they give back, what they refuse, and how much memory they take."""
 
+import errno
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -45,8 +47,10 @@ def save_shards(directory: Path, shards: dict[str, dict[str, np.ndarray]], weigh
 
 
 def error(path: Path) -> str:
+    opened = len(os.listdir("/dev/fd"))
     with pytest.raises(ValueError) as caught:
         SafetensorsSource(path)
+    assert len(os.listdir("/dev/fd")) == opened
     return str(caught.value)
 
 
@@ -137,6 +141,7 @@ BAD_FILES = {
     "metadata": (blob({"__metadata__": {"a": 1}, "a": GOOD}, b"12345678"), "__metadata__ should map names to text"),
     "overlap": (blob({"a": GOOD, "b": spec("F32", [1], 4, 8)}, b"12345678"), "'b' begins at byte 4, inside tensor 'a'"),
     "same bytes": (blob({"a": GOOD, "b": GOOD}, b"12345678"), "'b' begins at byte 0, inside tensor 'a'"),
+    "inside": (blob({"a": GOOD, "b": spec("U8", [2], 2, 4)}, b"12345678"), "'b' begins at byte 2, inside tensor 'a'"),
     "hole": (
         blob({"a": GOOD, "b": spec("U8", [1], 9, 10)}, b"1234567890"),
         "bytes 8 to 9, before tensor 'b', belong to no tensor",
@@ -377,3 +382,12 @@ def test_writing_refuses(tmp_path):
     with pytest.raises(FileExistsError):
         write(tmp_path / "e", {"w": value})
     assert (tmp_path / "e").read_text() == "kept"
+
+
+def test_a_file_that_cannot_be_synced(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*new'"):
+        write(tmp_path / "new", mixed())

@@ -67,11 +67,15 @@ def test_greedy_text_alone_fails(cli, tiny, monkeypatch):
     assert code == 1 and "2 of 4 equal, then the reference prefers its token by" in out
 
 
-def test_without_torch_says_how_to_get_it(cli, tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("absent", "source", "advice"),
+    [("torch", "", "pip install torch\n"), ("accelerate", "x.gguf", "accelerate\n"), ("torch", "x.gguf", "torch")],
+)
+def test_says_what_to_install(cli, tiny, monkeypatch, absent, source, advice):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else found(name, *a))
-    code, out, err = cli("verify", tiny)
-    assert (code, out) == (2, "") and "pip install torch" in err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == absent else found(name, *a))
+    code, out, err = cli("verify", tiny / source)
+    assert (code, out) == (2, "") and advice in err and err.count("\n") == 1
 
 
 @pytest.mark.torch

@@ -5,6 +5,7 @@ is its point. `kwargs` are transformers 5's; `spelling=4` rewrites the saved con
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 LENGTH = 24  # tokens in a test sequence: longer than every window and than the contexts that RoPE scalings start from
@@ -119,6 +120,8 @@ _PHI3_FACTORS = {"short_factor": [1.0, 1.3, 1.7], "long_factor": [1.2, 2.9, 6.5]
 _LLAMA3 = {"factor": 6.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 
+_LOCAL_LOCAL_GLOBAL = ["sliding_attention", "sliding_attention", "full_attention"]
+
 FAMILIES = [
     _llama("llama", shard="30KB"),
     _llama("llama-biases-tied-gelu-4.x", spelling=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
@@ -149,7 +152,8 @@ FAMILIES = [
     _gemma2("gemma2-uncapped-4.x", spelling=4, attn_logit_softcapping=None, final_logit_softcapping=None,
             num_hidden_layers=4, attention_bias=True, dropped=("layer_types",),
             stored={"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
-    _gemma3("gemma3_text", num_hidden_layers=14),
+    _gemma3("gemma3_text"),
+    _gemma3("gemma3_text-periods", layer_types=_LOCAL_LOCAL_GLOBAL * 2 + _LOCAL_LOCAL_GLOBAL[:2]),
     _gemma3("gemma3_text-scaled-4.x", spelling=4, stored={"sliding_window_pattern": 6}, dropped=("layer_types",),
             rope_parameters={"sliding_attention": rope(97.0), "full_attention": rope(1733.0, "linear", factor=8.0)}),
     _gemma3("gemma3_text-pattern", num_hidden_layers=5, attention_bias=True, tie_word_embeddings=False,
@@ -172,6 +176,10 @@ FAMILIES = [
     _gpt2("gpt2-unscaled-4.x", spelling=4, scale_attn_weights=False, activation_function="relu"),
 ]  # fmt: skip
 
+_llama, _qwen2, _qwen3 = (
+    functools.partial(family, num_hidden_layers=2, rope_only=True) for family in (_llama, _qwen2, _qwen3)
+)
+
 ROPES = [
     _llama("rope-linear", rope_parameters=rope(317.0, "linear", factor=2.5)),
     _llama("rope-linear-4.x", spelling=4, rope_key="type", rope_parameters=rope(317.0, "linear", factor=2.5)),
@@ -191,14 +199,14 @@ ROPES = [
                                                       original_max_position_embeddings=16)),
     _llama("rope-longrope-short-4.x", spelling=4, rope_parameters=rope(
         317.0, "longrope", attention_factor=1.2, factor=2.0, **_FACTORS, original_max_position_embeddings=32)),
-    _phi3("rope-partial", rope_parameters=rope(317.0, partial_rotary_factor=0.5)),
-    _phi3("rope-su-4.x", spelling=4, original_max_position_embeddings=16, num_hidden_layers=2,
+    _phi3("rope-partial", rope_only=True, rope_parameters=rope(317.0, partial_rotary_factor=0.5)),
+    _phi3("rope-su-4.x", rope_only=True, spelling=4, original_max_position_embeddings=16, num_hidden_layers=2,
           rope_parameters=rope(317.0, "longrope", partial_rotary_factor=0.5, original_max_position_embeddings=16,
                                **_PHI3_FACTORS),
           stored={"rope_scaling": {"type": "su", "original_max_position_embeddings": 16, **_PHI3_FACTORS}}),
-    _gemma3("rope-two-kinds", num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    _gemma3("rope-two-kinds", rope_only=True, num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
             rope_parameters={"sliding_attention": rope(97.0, "linear", factor=1.7),
                                                       "full_attention": rope(1733.0, "llama3", **_LLAMA3)}),
 ]  # fmt: skip
 
-CASES = FAMILIES + [dataclasses.replace(case, rope_only=True) for case in ROPES]
+CASES = FAMILIES + ROPES
