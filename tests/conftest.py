@@ -30,6 +30,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could configure it")
 
+import jaxtyping  # noqa: E402 (after the environment)
+
+# Shapes and dtypes in the signatures of the kernels are checked at every call of every test, and nowhere else.
+jaxtyping.install_import_hook(["jaxlm.kernels"], "beartype.beartype")
+
 # A skip for any other reason is a failure under JAXLM_STRICT_SKIPS=1, as in .ci/run.
 ALLOWED_SKIPS: frozenset[str] = frozenset()
 NOT_INSTALLED = "the package with this checkpoint is not installed (tests/checkpoints.txt)"

@@ -62,19 +62,25 @@ class GgufFile:
     def lines(self, name: str, start: int, stop: int) -> np.ndarray:
         """A range of the tensor seen as [everything before the last axis, last axis], freshly allocated."""
         stored = self.tensors[name]
+        if start == stop:  # gguf's decoders do not take empty arrays
+            return np.empty((0, stored.shape[-1]), stored.type.dtype or np.float32)
         raw = np.empty((stop - start) * stored.line_bytes, np.uint8)
         self._fill(raw, stored.offset + start * stored.line_bytes, name)
         if stored.type.dtype is not None:
             return raw.view(stored.type.dtype).reshape(stop - start, stored.shape[-1])
-        # Only for its block decoders: gguf takes 0.2 s to import and seconds to open a large vocabulary.
+        return self._dequantized(raw.reshape(stop - start, stored.line_bytes), name)
+
+    def _dequantized(self, raw: np.ndarray, name: str) -> np.ndarray:
+        # Only for its block decoders: gguf takes 0.2 s to import, and its reader seconds for a large vocabulary.
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
+        stored = self.tensors[name]
         try:
-            values = dequantize(raw.reshape(stop - start, stored.line_bytes), GGMLQuantizationType(stored.type.id))
-        except (NotImplementedError, ValueError) as error:
-            raise ValueError(f"{self.path}: tensor {name!r} is of type {stored.type.name}, which the installed "
-                             f"gguf package cannot dequantize") from error  # fmt: skip
+            values = dequantize(raw, GGMLQuantizationType[stored.type.name])
+        except (NotImplementedError, KeyError) as error:
+            kind = f"type {stored.type.name}, which the installed gguf package cannot dequantize"
+            raise ValueError(f"{self.path}: tensor {name!r} is of {kind}") from error
         return np.ascontiguousarray(values, np.float32)
 
     def _fill(self, into: np.ndarray, offset: int, name: str) -> None:

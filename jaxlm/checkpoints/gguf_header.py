@@ -219,7 +219,7 @@ def _placed(cursor: _Cursor, tensors: dict[str, Stored], alignment: int) -> dict
     end, before = 0, ""
     for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
         if stored.offset < end or stored.offset % alignment:
-            where = f"overlaps {before!r}" if stored.offset < end else f"is not aligned to {alignment} bytes"
+            where = f"is not aligned to {alignment} bytes" if stored.offset % alignment else f"overlaps {before!r}"
             raise cursor.error(f"tensor {name!r} at data offset {stored.offset} {where}")
         end, before = stored.offset + stored.lines * stored.line_bytes, name
         if base + end > len(cursor.data):

@@ -218,7 +218,7 @@ def _add_tokens(pipeline: "Tokenizer", vocab: _Vocab) -> None:
     """Control tokens as special ones, user-defined ones as plain ones; both are found in the text before all else."""
     from tokenizers import AddedToken
 
-    # Phi-3's own tokenizer swallows the white space after these. The file does not say so: llama.cpp, too, goes by name.
+    # Phi-3's own tokenizer swallows the white space after these. The file does not say so; llama.cpp goes by name.
     strips = vocab.metadata.get("general.architecture") == "phi3" and vocab.metadata["tokenizer.ggml.model"] == "llama"
     kept = ("<unk>", "<s>", "<|endoftext|>")
     added: dict[bool, list[AddedToken]] = {True: [], False: []}

@@ -9,6 +9,7 @@ import logging
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int, Key
 
 from jaxlm.kernels.masks import Band, Mask
 
@@ -16,24 +17,24 @@ log = logging.getLogger(__name__)
 
 
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Dv"],
     mask: Mask,
     *,
-    q_pos: Array | None = None,
-    k_pos: Array | None = None,
-    q_segments: Array | None = None,
-    k_segments: Array | None = None,
-    k_valid: Array | None = None,
-    bias: Array | None = None,
+    q_pos: Int[Array, "#B T"] | None = None,
+    k_pos: Int[Array, "#B S"] | None = None,
+    q_segments: Int[Array, "#B T"] | None = None,
+    k_segments: Int[Array, "#B S"] | None = None,
+    k_valid: Bool[Array, "#B S"] | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sinks: Array | None = None,
-    dropout: tuple[float, Array] | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    dropout: tuple[float, Key[Array, ""]] | None = None,
     impl: str | None = None,
     return_lse: bool = False,
-):
+) -> Float[Array, "B T N Dv"] | tuple[Float[Array, "B T N Dv"], Float[Array, "B T N"]]:
     """softmax(scale * q k^T) v under a mask, [B, T, N, H] in q's dtype; with the log-sum-exp [B, T, N] float32 if asked.
 
     q_pos [B, T] and k_pos [B, S] int32 are positions (default 0..T-1 and 0..S-1); a key at position -1 is an empty slot.

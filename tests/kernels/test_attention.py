@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm.kernels.attention as module
 from jaxlm.kernels.attention import attention, cudnn, refuses_cudnn
 from jaxlm.kernels.masks import CAUSAL, EVERYTHING, KeysBefore, dense, window
 
@@ -49,10 +50,12 @@ def test_every_option_together():
     q_seg, k_seg = rng.integers(0, 2, (B, T)), rng.integers(0, 2, (B, S))
     k_valid = rng.random((B, S)) < 0.8
     bias, sinks = rng.normal(size=(1, N, T, S)).astype(np.float32), rng.normal(size=N).astype(np.float32)
-    out = attention(
-        q, k, v, window(9), q_pos=q_pos, k_pos=k_pos, q_segments=q_seg, k_segments=k_seg, k_valid=k_valid,
-        bias=bias, sinks=sinks, scale=0.3, softcap=1.5,
-    )  # fmt: skip
+    arrays_given = {
+        "q_pos": q_pos, "k_pos": k_pos, "q_segments": q_seg, "k_segments": k_seg, "k_valid": k_valid,
+        "bias": bias, "sinks": sinks,
+    }  # fmt: skip
+    given = {name: jnp.asarray(value) for name, value in arrays_given.items()}
+    out = attention(q, k, v, window(9), scale=0.3, softcap=1.5, **given)
     distance = q_pos[:, :, None] - k_pos[:, None]
     seen = (distance >= 0) & (distance < 9) & (k_pos >= 0)[:, None] & (q_seg[:, :, None] == k_seg[:, None])
     want, _ = plain(q, k, v, seen & k_valid[:, None], 0.3, 1.5, bias, sinks)
@@ -112,8 +115,6 @@ def test_a_named_implementation_never_falls_back():
 
 
 def test_the_choice_is_logged_once(caplog):
-    from jaxlm.kernels import attention as module
-
     module._log_choice.cache_clear()
     q, k, v = arrays()
     with caplog.at_level("INFO", logger="jaxlm"):
@@ -125,10 +126,12 @@ def test_the_choice_is_logged_once(caplog):
 
 
 def test_bad_shapes_are_named():
+    """What a user gets; in tests the annotations of `attention` would refuse these first."""
     q, k, v = arrays()
+    check = module._check_shapes
     with pytest.raises(ValueError, match=r"q\.shape=\(2, 7, 3, 8\) k\.shape=\(2, 9, 2, 8\)"):
-        attention(q[:, :, :3], k, v, CAUSAL)
+        check(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match="q BTNH, k BSKH"):
-        attention(q[0], k, v, CAUSAL)
+        check(q[0], k, v)
     with pytest.raises(ValueError, match="given together"):
         attention(q, k, v, CAUSAL, q_segments=jnp.zeros((B, T), int))
