@@ -53,6 +53,8 @@ def imports_torch(path: Path) -> bool:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Assign) and "importorskip('torch')" in ast.unparse(node):
+            names.append("torch")
     helpers = [ROOT / (name.replace(".", "/") + ".py") for name in names if name.startswith("tests.")]
     return any(name.split(".")[0] == "torch" for name in names) or any(imports_torch(h) for h in helpers if h.exists())
 

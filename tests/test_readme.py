@@ -24,7 +24,7 @@ def test_the_example_runs(smollm2_gguf, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "Danube" in printed or "Rhine" in printed, printed
+    assert "Paris" in printed, printed
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path("SmolLM2-bfloat16").iterdir()}
 
 
@@ -37,5 +37,5 @@ def test_every_family_has_its_row():
     families = [name for name in registry.names() if not name.startswith("toy")]  # the tests add one of their own
     assert list(table) == families
     for name, (logits, export, gguf) in table.items():
-        assert logits == export == "yes" and name in {case.family for case in CASES}
+        assert logits == export == "yes" and name in {case.id.split("-")[0] for case in CASES}
         assert (gguf == "yes") == bool(registry.family(name).gguf), name

@@ -73,10 +73,7 @@ def tokenizer(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> "Pre
     _add_tokens(pipeline, vocab)
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "mask": "mask", "sep": "seperator"}
     special = {f"{name}_token": vocab.special(key) for name, key in names.items()}
-    ends = [
-        special[f"{name}_token"] if metadata.get(f"tokenizer.ggml.add_{name}_token", default) else None
-        for name, default in (("bos", add_bos), ("eos", False))
-    ]
+    ends = [vocab.end("bos", special["bos_token"], add_bos), vocab.end("eos", special["eos_token"], False)]
     _add_ends(pipeline, *ends)
     # transformers copies the pipeline, which is through JSON and takes 4 s for Gemma's; nobody else holds this one.
     pipeline.__deepcopy__ = lambda memo: pipeline  # pyright: ignore
@@ -121,6 +118,12 @@ class _Vocab:
             raise ValueError(f"{self.where}: tokenizer.ggml.{key}_token_id {token_id} of {len(self.tokens)} tokens")
         return self.tokens[token_id]
 
+    def end(self, name: str, token: str | None, default: bool) -> str | None:
+        """The token, if it is to be added around every text."""
+        if self.metadata.get(f"tokenizer.ggml.add_{name}_token") and token is None:
+            raise ValueError(f"{self.where}: tokenizer.ggml.add_{name}_token is set, but there is no {name}_token_id")
+        return token if self.metadata.get(f"tokenizer.ggml.add_{name}_token", default) else None
+
     def ids(self, tokens: Sequence[str]) -> dict[str, int]:
         """Token -> id; a token that is there twice could be written but never read back."""
         ids = dict(zip(tokens, range(len(tokens)), strict=True))
@@ -141,8 +144,9 @@ def _byte_level(vocab: _Vocab) -> tuple["Tokenizer", bool]:
     merges = [tuple(merge.split(" ")) for merge in vocab.required("tokenizer.ggml.merges", list)]
     if wrong := next((merge for merge in merges if len(merge) != 2), None):
         raise ValueError(f"{vocab.where}: tokenizer.ggml.merges has {' '.join(wrong)!r}, expected two tokens")
+    ids = vocab.ids(vocab.tokens)
     try:
-        model = models.BPE(vocab=vocab.ids(vocab.tokens), merges=merges, ignore_merges=pre.whole_words)
+        model = models.BPE(vocab=ids, merges=merges, ignore_merges=pre.whole_words)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"{vocab.where}: tokenizer.ggml.merges do not fit the vocabulary: {error}") from error
     pipeline = Tokenizer(model)
