@@ -158,8 +158,8 @@ def damaged(tmp_path: Path, change) -> Path:
             "tensor 'blk.1.attn_q.weight' is .* twice",
         ),
         (
-            lambda raw: raw.replace(b"llama.vocab_size", b"llama.head_count"),
-            "metadata 'llama.block_count' is there twice",
+            lambda raw: raw.replace(b"llama.rope.freq_base", b"llama.context_length"),
+            "metadata 'llama.context_length' is there twice",
         ),
         (lambda raw: raw.replace(b"llama.vocab_size", b"\xff" * 16), "the key of metadata entry 11 is not UTF-8"),
     ],

@@ -258,7 +258,8 @@ def test_phi3_swallows_space_after_special_tokens(trained):
     kept, swallowed = (tokenizer({**metadata, "general.architecture": arch}) for arch in ("llama", "phi3"))
     text = "<|tool|> \n the<s> the"
     assert kept.tokenize(text)[:5] == ["<|tool|>", SPACE, SPACE, "<0x0A>", SPACE + "the"]
-    assert swallowed.tokenize(text) == ["<|tool|>", SPACE + "the", "<s>", SPACE, SPACE + "the"]
+    expected = ["<|tool|>", SPACE + "the", "<s>", SPACE, SPACE + "the"]
+    assert swallowed.convert_ids_to_tokens(swallowed(text, add_special_tokens=False)["input_ids"]) == expected
 
 
 # Pre-tokenizers
