@@ -89,7 +89,7 @@ def _open_gguf(path: Path) -> Opened:
     def tokenizer():
         from jaxlm.checkpoints.gguf_tokenizer import tokenizer
 
-        return tokenizer(file.metadata)
+        return tokenizer(file.metadata, where=str(path))
 
     return Opened(
         where=str(path),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TESTS = '''
+TESTS = """
 import pytest
 
 def test_skips():
@@ -16,7 +16,7 @@ def test_skips():
 @pytest.mark.xfail(strict=True)
 def test_fails_as_expected():
     assert False
-'''
+"""
 
 
 @pytest.mark.slow

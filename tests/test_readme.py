@@ -15,7 +15,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def rows(heading: str) -> list[list[str]]:
     """The cells of the first table under a heading."""
     table = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
 
 
 @pytest.mark.slow
@@ -25,7 +27,9 @@ def test_the_example_runs(smollm2_gguf, tmp_path, monkeypatch, capsys):
     exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "Paris" in printed, printed
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path("SmolLM2-bfloat16").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        f.name for f in Path("SmolLM2-bfloat16").iterdir()
+    }
 
 
 def test_the_commands_are_those_there_are():

@@ -84,7 +84,7 @@ class GgufFile:
         return np.ascontiguousarray(values, np.float32)
 
     def _fill(self, into: np.ndarray, offset: int, name: str) -> None:
-        view, done = memoryview(into), 0
+        view, done = into.data, 0
         while done < len(view):
             got = os.preadv(self._fd, [view[done:]], offset + done)
             if not got:
@@ -206,10 +206,21 @@ def _heads(file: GgufFile, key: str) -> int:
     return value
 
 
+def _count(file: GgufFile, key: str, most: int, default: int | None = None) -> int:
+    """A number of layers or experts, which a damaged file must not make us count to."""
+    key = f"{file.architecture}.{key}"
+    value = default if default is not None and key not in file.metadata else file.value(key, int)
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{file.path}: metadata {key!r} is {value}, which {len(file.tensors)} tensors cannot be")
+    return value
+
+
 def _resolve(file: GgufFile, table: Gguf) -> dict[str, tuple[str, GgufTensor, int | None]]:
     """For each Hugging Face name: the stored tensor, its rule, and which expert of a stack. Strict both ways."""
-    layers = range(file.value(f"{file.architecture}.block_count", int))
-    experts = range(file.metadata.get(f"{file.architecture}.expert_count", 0))
+    layers, experts = (
+        range(_count(file, "block_count", len(file.tensors))),
+        range(_count(file, "expert_count", 2**16, 0)),
+    )
     origin: dict[str, tuple[str, GgufTensor, int | None]] = {}
     used, problems = set(table.in_config), []
     wanted: dict[str, tuple[str, bool]] = {}  # Hugging Face name -> (first GGUF name it may have, required)

@@ -174,11 +174,21 @@ def token_ids(file: GgufFile) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else eos, "pad_token_id": pad}
 
 
+# Ends of a turn that many files hold without naming them; llama.cpp stops at them, and so do the generation_config.json
+# of the models they come from.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+
+
 def generation(file: GgufFile) -> dict[str, Any]:
     """The fields of generation_config.json: the special tokens, and the sampler's settings where the file has them."""
     sampling = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     found = {hf: file.metadata.get(f"general.sampling.{key}") for hf, key in sampling.items()}
     given = {hf: value for hf, value in {**token_ids(file), **found}.items() if value is not None}
+    if "tokenizer.chat_template" in file.metadata:
+        tokens, ends = file.metadata.get("tokenizer.ggml.tokens", []), given.get("eos_token_id", [])
+        ends = ends if isinstance(ends, list) else [ends]
+        ends = list(dict.fromkeys([*ends, *(tokens.index(token) for token in TURN_ENDS if token in tokens)]))
+        given |= {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     return given | ({"do_sample": given["temperature"] > 0} if "temperature" in given else {})
 
 

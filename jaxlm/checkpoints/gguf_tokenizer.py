@@ -79,7 +79,7 @@ def tokenizer(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> "Pre
     pipeline.__deepcopy__ = lambda memo: pipeline  # pyright: ignore
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=pipeline,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_template(metadata),
         clean_up_tokenization_spaces=False,
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
@@ -88,6 +88,15 @@ def tokenizer(metadata: Mapping[str, Any], where: str = "GGUF metadata") -> "Pre
     )
     del pipeline.__deepcopy__  # pyright: ignore
     return wrapped
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The template, or by name where the file has several."""
+    prefix, default = "tokenizer.chat_template", metadata.get("tokenizer.chat_template")
+    named = [name for name in metadata.get("tokenizer.chat_templates", ()) if f"{prefix}.{name}" in metadata]
+    if default is None or not named:
+        return default
+    return {"default": default} | {name: metadata[f"{prefix}.{name}"] for name in named}
 
 
 class _Vocab:
@@ -179,11 +188,15 @@ def _sentencepiece(vocab: _Vocab) -> "Tokenizer":
             byte_fallback=BYTE in vocab.kinds,
         )
     )
+    if vocab.metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
+        raise ValueError(f"{vocab.where}: tokenizer.ggml.remove_extra_whitespaces is not supported")
     replace = normalizers.Replace(" ", SPACE)
     restore = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if vocab.metadata.get("tokenizer.ggml.add_space_prefix", True):
-        # As in the tokenizer.json of Llama 2, Mistral and Phi-3: always one more space, also before a space and after
-        # a special token. transformers' GGUF tokenizer adds none there, except for Phi-3.
+    is_gemma = vocab.metadata.get("general.architecture", "").startswith("gemma")  # whose oldest files lack the key
+    if vocab.metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma):
+        # As SentencePiece, llama.cpp and the tokenizer.json of Llama 2, the first Mistral and Phi-3 have it: always one
+        # more space, also before a space and after a special token. transformers' GGUF tokenizer adds none there, but
+        # for Phi-3.
         pipeline.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
         pipeline.decoder = decoders.Sequence([*restore, decoders.Strip(" ", left=1)])
     else:
@@ -243,5 +256,5 @@ def _add_ends(pipeline: "Tokenizer", bos: str | None, eos: str | None) -> None:
     pipeline.post_processor = processors.TemplateProcessing(
         single=around("$A", 0),
         pair=around("$A", 0) + around("$B", 1),
-        special_tokens=[(token, pipeline.token_to_id(token)) for token in {bos, eos} - {None}],
+        special_tokens=[(token, pipeline.token_to_id(token)) for token in {bos, eos} if token is not None],
     )

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 from jaxlm.cli.console import IgnoreFields, Source, err, facts, load, out
+from jaxlm.opening import open_checkpoint
 
 TOLERANCE = 1e-5  # float32 rounding through 30 layers gives 1e-6; a wrong constant anywhere gives 1e-4 or more
 
@@ -53,6 +54,7 @@ def verify(
 
     Example: jaxlm verify SmolLM2.gguf --tokens 512 --new-tokens 64
     """
+    open_checkpoint(source)  # so that a wrong path is the first thing told
     needed = ["torch", "accelerate"] if source.endswith(".gguf") else ["torch"]  # transformers asks for both
     if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
         missed = " ".join(missing)

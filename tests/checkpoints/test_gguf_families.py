@@ -223,16 +223,17 @@ def test_other_rope_freqs_are_refused(tmp_path, divisors):
 
 
 def test_special_tokens_and_generation_config(tmp_path):
-    path = write(
-        tmp_path / "x.gguf",
-        "llama",
-        TOKENS | {"tokenizer.ggml.eot_token_id": 7, "general.sampling.temp": 0.5, "general.sampling.top_k": 40},
-        {"a": np.zeros(1, np.float32)},
-    )
-    file = GgufFile(path)
-    tokens = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0}
+    keys = TOKENS | {"general.sampling.temp": 0.5, "general.sampling.top_k": 40}
+    keys |= {"tokenizer.ggml.tokens": ["a", "b", "c", "<|im_end|>", "<|eot_id|>"], "tokenizer.ggml.eot_token_id": 4}
+    nothing = {"a": np.zeros(1, np.float32)}
+    file = GgufFile(write(tmp_path / "x.gguf", "llama", keys, nothing))
+    tokens = {"bos_token_id": 1, "eos_token_id": [2, 4], "pad_token_id": 0}
     assert gguf_config.token_ids(file) == tokens
     assert gguf_config.generation(file) == tokens | {"temperature": 0.5, "top_k": 40, "do_sample": True}
+    # With a chat template, generation ends where a turn does.
+    file = GgufFile(write(tmp_path / "y.gguf", "llama", keys | {"tokenizer.chat_template": "..."}, nothing))
+    assert gguf_config.generation(file)["eos_token_id"] == [2, 4, 3]
+    assert gguf_config.generation(GgufFile(write(tmp_path / "z.gguf", "llama", {}, nothing))) == {}
 
 
 # What does not fit: one ValueError that names the file and the thing
@@ -267,6 +268,7 @@ def test_missing_and_unexpected_tensors_in_one_error(tmp_path):
             {"attention__clamp_kqv": 8.0},
             r"metadata that this architecture does not know: llama\.attention\.clamp_kqv=8",
         ),
+        ({"block_count": 2**31}, r"metadata 'llama\.block_count' is 2147483648, which 30 tensors cannot be"),
         ({"attention__causal": False}, r"metadata 'llama\.attention\.causal' is False, expected True"),
         ({"attention__value_length": 16}, r"metadata 'llama\.attention\.value_length' is 16, expected 12"),
         ({"rope__dimension_count": 6}, r"metadata 'llama\.rope\.dimension_count' is 6, expected the head's 12"),

@@ -135,6 +135,13 @@ def test_saved_tokenizer_is_the_same(smollm2, tmp_path):
     assert saved.chat_template == ours.chat_template
 
 
+def test_several_chat_templates(smollm2):
+    metadata, _ = smollm2
+    more = {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "tools"}
+    templates = tokenizer(metadata | more).chat_template
+    assert templates == {"default": metadata["tokenizer.chat_template"], "tool_use": "tools"}
+
+
 # SentencePiece as the reference: its own encoder on the same vocabulary
 
 
@@ -243,6 +250,13 @@ def test_ends_are_added_as_the_file_says(trained):
     assert tokenizer(metadata)("hi")["input_ids"] == [1, *plain]  # llama.cpp's default for SentencePiece
 
 
+def test_gemma_never_has_a_space_prefix(trained):
+    """Its first files do not say so."""
+    ours = tokenizer({**trained[1], "general.architecture": "gemma"})
+    assert ours.decode(ours("the", add_special_tokens=False)["input_ids"]) == "the"
+    assert ours.tokenize("the")[0] != SPACE + "the"
+
+
 def test_special_tokens_inside_text(trained):
     _, metadata = trained
     ours = tokenizer(metadata)
@@ -336,6 +350,10 @@ def test_added_tokens_outside_the_byte_alphabet():
         (byte_level(bos_token_id=9), "tokenizer.ggml.bos_token_id 9 of 9 tokens"),
         (byte_level(model="llama"), "no tokenizer.ggml.scores for 9 tokens"),
         (byte_level(model="llama", scores=np.zeros(2)), "2 tokenizer.ggml.scores for 9 tokens"),
+        (
+            byte_level(model="llama", scores=np.zeros(9), remove_extra_whitespaces=True),
+            "tokenizer.ggml.remove_extra_whitespaces is not supported",
+        ),
         (byte_level(add_bos_token=True), "tokenizer.ggml.add_bos_token is set, but there is no bos_token_id"),
     ],
 )

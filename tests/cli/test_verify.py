@@ -67,15 +67,30 @@ def test_greedy_text_alone_fails(cli, tiny, monkeypatch):
     assert code == 1 and "2 of 4 equal, then the reference prefers its token by" in out
 
 
-@pytest.mark.parametrize(
-    ("absent", "source", "advice"),
-    [("torch", "", "pip install torch\n"), ("accelerate", "x.gguf", "accelerate\n"), ("torch", "x.gguf", "torch")],
-)
-def test_says_what_to_install(cli, tiny, monkeypatch, absent, source, advice):
+@pytest.mark.parametrize("absent", ["torch", "accelerate"])
+def test_says_what_to_install(cli, tiny, smollm2_gguf, monkeypatch, absent):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == absent else found(name, *a))
-    code, out, err = cli("verify", tiny / source)
-    assert (code, out) == (2, "") and advice in err and err.count("\n") == 1
+    for source in (tiny, smollm2_gguf) if absent == "torch" else (smollm2_gguf,):
+        code, out, err = cli("verify", source)
+        assert (code, out) == (2, "") and "pip install" in err and absent in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_smollm2(cli, smollm2_gguf):
+    """The GGUF file itself, beside transformers' GGUF loader."""
+    code, out, _ = cli("verify", smollm2_gguf, "--tokens", 512, "--new-tokens", 64)
+    assert code == 0 and "512 of 512" in out and "64 of 64 equal" in out, out
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_gemma3_converted(cli, gemma3_gguf, tmp_path):
+    """A safetensors export of the GGUF file (whose own loading takes transformers a minute); longer than the window."""
+    assert cli("convert", gemma3_gguf, tmp_path / "gemma")[0] == 0
+    code, out, _ = cli("verify", tmp_path / "gemma", "--tokens", 540, "--new-tokens", 64)
+    assert code == 0 and "540 of 540" in out and "64 of 64 equal" in out, out
 
 
 @pytest.mark.torch
