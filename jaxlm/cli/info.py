@@ -69,7 +69,7 @@ def architecture(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def kinds(layers: tuple[Any, ...]) -> str:
-    """'15 attention, window 512, rope theta 10000; 3 attention, rope theta 1e+06'."""
+    """'15 x attention, window 512, rope theta 10,000; 3 x attention, rope theta 1,000,000'."""
     counts = {kind: layers.count(kind) for kind in dict.fromkeys(layers)}
     return "; ".join(f"{n} x {describe(kind)}" for kind, n in counts.items())
 
@@ -82,7 +82,7 @@ def describe(kind: Any) -> str:
         words.append(f"window {kind.window}")
     if kind.rope is not None:
         scaling = "" if kind.rope.scaling == "default" else f" ({kind.rope.scaling})"
-        words.append(f"rope {kind.rope.theta:g}{scaling}")
+        words.append(f"rope theta {kind.rope.theta:,.10g}{scaling}")
     return ", ".join(words)
 
 

@@ -51,6 +51,8 @@ def run(command: str, args: list[str]) -> int:
     """Parses a command's arguments by the signature of its function, and calls it."""
     import tyro
 
+    # transformers would say at every start that it cannot run models here; only its tokenizers are used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     module = importlib.import_module(f"jaxlm.cli.{command}")
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
     return tyro.cli(getattr(module, command), prog=f"jaxlm {command}", args=args, config=options) or 0

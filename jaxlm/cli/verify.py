@@ -100,8 +100,10 @@ def compare(model, theirs, n_tokens: int, new_tokens: int) -> Report:
         streams = np.asarray(model(ids[None], output="all_hidden"))[:, 0]
         greedy = np.zeros(0, np.int32)
         if new_tokens:
-            plain = {"temperature": 0, "repetition_penalty": 1, "eos": ()}  # whatever generation_config.json says
-            greedy = model.generate(ids[None], max_new_tokens=new_tokens, **plain)[0]
+            stored = tuple(model.generation_config)  # greedy, whatever generation_config.json says
+            greedy = model.generate(ids[None], max_new_tokens=new_tokens, temperature=0, eos=(), ignore_fields=stored)[
+                0
+            ]
     want, want_streams, want_greedy, margins = run_reference(theirs, ids, new_tokens)
     same = np.cumprod(greedy == want_greedy, dtype=int).sum()
     return Report(
@@ -115,14 +117,14 @@ def compare(model, theirs, n_tokens: int, new_tokens: int) -> Report:
 
 
 def prompt_ids(model, n: int) -> tuple[np.ndarray, str]:
-    """n token ids of English prose, and what they are; drawn at random where the checkpoint has no tokenizer."""
+    """n token ids of English prose, and what they are; drawn at random, and why, where there is no tokenizer."""
     from pydoc_data.topics import topics  # the Python manual, which every Python brings along
 
     try:
         tokenizer = model.tokenizer
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError) as problem:
         ids = np.random.default_rng(0).integers(model.config.vocab_size, size=n)
-        return ids.astype(np.int32), f"{n} drawn at random, as there is no tokenizer"
+        return ids.astype(np.int32), f"{n} drawn at random, without a tokenizer: {problem}"
     ids = tokenizer.encode("\n".join(topics.values())[: 20 * n])
     if len(ids) < n:
         raise ValueError(f"--tokens {n}: the built-in text has {len(ids)}")

@@ -30,7 +30,7 @@ def test_directory(cli, tiny):
     code, out, err = cli("info", tiny)
     assert (code, err) == (0, "")
     assert row(out, "architecture").startswith("llama")
-    assert row(out, "layers") == "3: 3 x attention, rope 20000"
+    assert row(out, "layers") == "3: 3 x attention, rope theta 20,000"
     assert row(out, "context") == "256 tokens"
     assert row(out, "vocabulary") == "288 tokens, untied head"
     assert row(out, "width") == "32; 4 heads of 8, 2 for keys and values"
@@ -49,7 +49,7 @@ def test_params(cli, tiny):
 def test_gguf(cli, smollm2_gguf):
     code, out, err = cli("info", smollm2_gguf, "--params")
     assert (code, err) == (0, "")
-    assert row(out, "layers") == "30: 30 x attention, rope 100000"
+    assert row(out, "layers") == "30: 30 x attention, rope theta 100,000"
     assert row(out, "vocabulary") == "49,152 tokens, tied head"
     assert row(out, "parameters") == "134,515,008"
     assert row(out, "tokenizer") == "BPE, 49,152 tokens, chat template"
@@ -60,7 +60,7 @@ def test_unlike_layers():
     near = Kind(window=512, rope=Rope(theta=1e4, dim=8))
     far = Kind(mlp="moe", rope=Rope(theta=1e6, dim=8, scaling="yarn"))
     assert kinds((near, near, far)) == (
-        "2 x attention, window 512, rope 10000; 1 x attention, experts, rope 1e+06 (yarn)"
+        "2 x attention, window 512, rope theta 10,000; 1 x attention, experts, rope theta 1,000,000 (yarn)"
     )
 
 

@@ -55,8 +55,10 @@ class Reference:
         mask = None if valid is None else torch.tensor(valid.astype(np.int64))
         config = self.model.config
         experts = config.num_local_experts if "num_local_experts" in config.to_dict() else config.num_experts
+        # In float32: its masks are the smallest number of the dtype, and -inf once float64 is cast down for the softmax.
+        model = copy.deepcopy(self.model).float()
         with torch.no_grad():
-            out = self.model(torch.tensor(self.tokens), attention_mask=mask, output_router_logits=True)
+            out = model(torch.tensor(self.tokens), attention_mask=mask, output_router_logits=True)
         return float(load_balancing_loss_func(out.router_logits, experts, config.num_experts_per_tok, mask))
 
 
@@ -67,18 +69,28 @@ def reference(case: Case) -> Reference:
     model = build(case)
     model.save_pretrained(directory, max_shard_size=case.shard)
     respell(case, directory, model.config)
-    model.double().config._experts_implementation = "eager"  # the default takes no float64
-    tokens = np.random.default_rng(zlib.crc32(case.id.encode())).integers(3, VOCAB, (ROWS, LENGTH))
+    tokens = well_conditioned(model, np.random.default_rng(zlib.crc32(case.id.encode())))
     with torch.no_grad():
-        logits = model(torch.tensor(tokens)).logits.numpy()
+        logits = model.double()(torch.tensor(tokens)).logits.numpy()
     return Reference(case, directory, model, tokens, logits, keep)
+
+
+def well_conditioned(model: Any, rng: np.random.Generator) -> np.ndarray:
+    """The 3 of 16 random sequences on which the original's own float32 rounding matters least: random networks have
+    inputs on which it is amplified tenfold, and there nobody's float32 agrees with anybody's."""
+    tokens = torch.tensor(rng.integers(3, VOCAB, (16, LENGTH)))
+    with torch.no_grad():
+        precise = copy.deepcopy(model).double()(tokens).logits
+        rounding = (model(tokens).logits - precise).abs().amax((1, 2)) / precise.abs().amax((1, 2))
+    return tokens[rounding.argsort()[:ROWS]].numpy()
 
 
 def build(case: Case) -> Any:
     """The torch model with all weights, norms and biases drawn with std 0.2; norm scales around their neutral value."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
     kwargs = json.loads(json.dumps(case.kwargs))  # transformers writes into the dicts it is given
-    config = getattr(transformers, case.config)(**kwargs, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # the latter's default has no float64
+    config = getattr(transformers, case.config)(**kwargs, **eager)
     model = getattr(transformers, case.model)(config).eval()
     neutral = 0.0 if "gemma" in config.model_type else 1.0
     with torch.no_grad():

@@ -156,7 +156,9 @@ def test_every_config_field_is_read():
     import jaxlm.models.layers as layers
     from jaxlm.models import fields, mlp, moe, rope, self_attention
 
-    source = "".join(inspect.getsource(m) for m in (decoder, fields, layers, mlp, moe, rope, self_attention, config_module))
+    source = "".join(
+        inspect.getsource(m) for m in (decoder, fields, layers, mlp, moe, rope, self_attention, config_module)
+    )
     for name, value in vars(config_module).items():
         if dataclasses.is_dataclass(value) and isinstance(value, type):
             for field in dataclasses.fields(value):

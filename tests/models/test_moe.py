@@ -14,7 +14,9 @@ B, T, D, E, K, F = 2, 5, 6, 4, 2, 7
 def build(**changes):
     config = MoeConfig(n_experts=E, top_k=K, expert=MlpConfig(d_ff=F), **({"renormalise": True} | changes))
     module, x = Moe(config, D, 0.5), jax.random.normal(jax.random.key(1), (B, T, D))
-    params = jax.tree.map(lambda b: b.value, module.init(jax.random.key(0), x)["params"], is_leaf=lambda b: hasattr(b, "names"))
+    params = jax.tree.map(
+        lambda b: b.value, module.init(jax.random.key(0), x)["params"], is_leaf=lambda b: hasattr(b, "names")
+    )
     return module, params, x
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 import jaxlm
-from tests.models.cases import CASES, FAMILIES, LENGTH, TRAINED
+from tests.models.cases import CASES, FAMILIES, LENGTH, ROPES, TRAINED
 from tests.models.reference import ROWS, reference
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -45,12 +45,14 @@ def shifted(tokens: np.ndarray, left: bool) -> tuple[np.ndarray, np.ndarray]:
 
 def unshifted(logits, left: bool) -> np.ndarray:
     """The valid positions of all rows, one after the other."""
-    return np.concatenate([row[p:] if left else row[: LENGTH - p] for row, p in zip(np.asarray(logits), PADS, strict=True)])
+    return np.concatenate(
+        [row[p:] if left else row[: LENGTH - p] for row, p in zip(np.asarray(logits), PADS, strict=True)]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=FAST)
 def run_chunk(backbone, config, runtime, params, tokens, positions, cache):
-    """The tokens after what the cache holds; frequencies that depend on a length are made for LENGTH."""
+    """The tokens after what the cache holds."""
     logits, cache, _ = backbone.forward(
         config, params, tokens, positions=positions, cache=cache, rope_len=LENGTH, runtime=runtime
     )
@@ -58,19 +60,27 @@ def run_chunk(backbone, config, runtime, params, tokens, positions, cache):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=FAST)
-def run_masked(backbone, config, runtime, params, tokens, valid):
+def run(backbone, config, runtime, params, tokens, valid=None):
+    """One pass; frequencies that depend on a length are made for LENGTH."""
     logits, _, aux = backbone.forward(config, params, tokens, valid=valid, rope_len=LENGTH, runtime=runtime)
     return logits, aux
 
 
-@every_case
+@every_family
 def test_logits_equal_transformers(case):
     want = reference(case)
     assert case.tolerance == TOLERANCE or (case.tolerance == 1e-5 and case.reason)
     assert error(loaded(case)(want.tokens), want.logits) <= case.tolerance
 
 
-@every_case
+@pytest.mark.parametrize("case", ROPES, ids=lambda c: c.id)
+def test_logits_of_every_rope_equal_transformers(case):
+    model, want = loaded(case), reference(case)
+    logits, _ = run(model.family.backbone, model.config, model.runtime, model.params, want.tokens)
+    assert error(logits, want.logits) <= case.tolerance
+
+
+@pytest.mark.parametrize("case", FAMILIES + [c for c in ROPES if c.decoded], ids=lambda c: c.id)
 def test_decoding_through_the_cache_equals_one_pass(case):
     """Left-padded rows, fed in chunks longer and shorter than the windows, then one by one, into a cache that is just
     long enough; the cache of windowed layers is a ring of the window's size."""
@@ -99,7 +109,7 @@ def test_padded_batch_equals_single_rows(case):
     single = unshifted(want.logits, left=False)
     for left in (True, False):
         tokens, valid = shifted(want.tokens, left)
-        logits, aux = run_masked(model.family.backbone, model.config, model.runtime, model.params, tokens, valid)
+        logits, aux = run(model.family.backbone, model.config, model.runtime, model.params, tokens, valid)
         assert error(unshifted(logits, left), single) <= case.tolerance, f"{left=}"
         if case.is_moe and not left:
             assert aux["router_loss"] == pytest.approx(want.router_loss(valid), rel=1e-5)
@@ -109,7 +119,7 @@ def test_padded_batch_equals_single_rows(case):
 def test_router_loss_equals_transformers(case):
     model, want = loaded(case), reference(case)
     everything = np.ones((ROWS, LENGTH), bool)
-    _, aux = run_masked(model.family.backbone, model.config, model.runtime, model.params, want.tokens, everything)
+    _, aux = run(model.family.backbone, model.config, model.runtime, model.params, want.tokens, everything)
     assert aux["router_loss"] == pytest.approx(want.router_loss(), rel=1e-5)
 
 

@@ -27,7 +27,10 @@ SHAPES = {"recurrence": {"decay": "d", "inp": "dd", "out": "dd"}, "attention": {
 RULES = (
     Rule("embed", "embed/w"),
     Rule("blocks.{layer}.decay", "layers/decay"),
-    *(Rule(f"blocks.{{layer}}.{name}.weight", f"layers/{name}", "e d -> d e") for name in ("inp", "out", "q", "k", "v")),
+    *(
+        Rule(f"blocks.{{layer}}.{name}.weight", f"layers/{name}", "e d -> d e")
+        for name in ("inp", "out", "q", "k", "v")
+    ),
 )
 
 
