@@ -54,10 +54,18 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     rows = [measure(depth, args.repeats) for depth in args.depths]
-    table = Table("layers", "compile s", "ratio", "HLO characters", "ratio", title=f"loss + gradient, {jax.default_backend()}")
+    table = Table(
+        "layers", "compile s", "ratio", "HLO characters", "ratio", title=f"loss + gradient, {jax.default_backend()}"
+    )
     for row in rows:
         time_ratio, size_ratio = (row[k] / rows[0][k] for k in ("compile_s", "hlo_chars"))
-        table.add_row(str(row["depth"]), f"{row['compile_s']:.2f}", f"{time_ratio:.2f}", str(row["hlo_chars"]), f"{size_ratio:.3f}")
+        table.add_row(
+            str(row["depth"]),
+            f"{row['compile_s']:.2f}",
+            f"{time_ratio:.2f}",
+            str(row["hlo_chars"]),
+            f"{size_ratio:.3f}",
+        )
     Console().print(table)
     if args.json:
         with open(args.json, "w") as file:

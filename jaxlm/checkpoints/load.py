@@ -26,7 +26,9 @@ class Names:
     base: the prefix of the trunk's tensors, which checkpoints saved from a headless model do not have.
     """
 
-    def __init__(self, rules: Sequence[AnyRule], leaves: Mapping[str, Shape], groups: Sequence[str], base: str, have=()):
+    def __init__(
+        self, rules: Sequence[AnyRule], leaves: Mapping[str, Shape], groups: Sequence[str], base: str, have=()
+    ):
         headless = bool(have) and not any(name.startswith(base) for name in have)
         self.stored = (lambda name: name.removeprefix(base)) if headless else (lambda name: name)
         self.bindings = {self.stored(name): b for name, b in bind(rules, leaves, groups).items()}
@@ -119,13 +121,19 @@ def _lay_out(raw, rule, shapes: tuple[Shape, ...], dtypes: tuple[str, ...]):
 def _place(stacks, raw, index, rule, shapes: tuple[Shape, ...]):
     def put(stack, part):
         start = (*index, *(0,) * part.ndim)
-        return jax.lax.dynamic_update_slice(stack, part.astype(stack.dtype).reshape((1,) * len(index) + part.shape), start)
+        return jax.lax.dynamic_update_slice(
+            stack, part.astype(stack.dtype).reshape((1,) * len(index) + part.shape), start
+        )
 
     return tuple(map(put, stacks, rule.split(raw, shapes)))
 
 
 def _check(source: Source, bindings: Mapping[str, Binding], known: set[str], where: str) -> None:
-    missing = [f"  missing {name}, expected {list(b.stored_shape)}" for name, b in bindings.items() if name not in source.tensors]
+    missing = [
+        f"  missing {name}, expected {list(b.stored_shape)}"
+        for name, b in bindings.items()
+        if name not in source.tensors
+    ]
     unexpected = [
         f"  unexpected {name} {list(info.shape)} in {info.file}"
         for name, info in source.tensors.items()

@@ -31,5 +31,9 @@ def convert(
         model.save(directory, dtype=dtype, overwrite=overwrite, progress=step)
     files = sorted(directory.glob("*.safetensors"))
     written = size(sum(file.stat().st_size for file in files))
-    err.print(f"wrote {out}: {len(files)} safetensors, {written}, {time.perf_counter() - start:.1f} s", highlight=False)
+    err.print(
+        f"wrote {out}: {len(files)} safetensors, {written}, {time.perf_counter() - start:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0

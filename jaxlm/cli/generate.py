@@ -67,5 +67,5 @@ def generate(
     # Both of the first two tokens wait for a compilation, of the prompt's program and of the next tokens'.
     steady = arrivals[-1] - arrivals[1] if len(arrivals) > 2 else 0
     rate = f"; {(n_tokens - 2) / steady:.1f} tokens/s once compiled" if steady > 0 else ""
-    err.print(f"{n_tokens} tokens in {end - start:.1f} s{rate}", style="dim", highlight=False)
+    err.print(f"{n_tokens} tokens in {end - start:.1f} s{rate}", style="dim", highlight=False, soft_wrap=True)
     return 0

@@ -98,7 +98,13 @@ def decode(plan: Plan, params: Any, state: State, until: int | Array) -> State:
         positions = state["position"][:, None]
         x = plan.backbone.embed(plan.config, params, token, positions=positions, runtime=plan.runtime)
         hidden, cache, _ = plan.backbone.trunk(
-            plan.config, params, x, positions=positions, cache=state["cache"], rope_len=plan.length, runtime=plan.runtime
+            plan.config,
+            params,
+            x,
+            positions=positions,
+            cache=state["cache"],
+            rope_len=plan.length,
+            runtime=plan.runtime,
         )
         logits = plan.backbone.head(plan.config, params, hidden)[:, 0]
         return _append(plan, state | {"cache": cache, "position": state["position"] + 1}, logits)

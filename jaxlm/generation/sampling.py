@@ -82,7 +82,8 @@ def process(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None
     if sampling.temperature != 1:
         scores = scores / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
-        kth = jax.lax.top_k(scores, sampling.top_k)[0][:, -1:]
+        # The least of the k, not the last: a slice of top_k makes XLA on a CPU sort the whole vocabulary, 100x slower.
+        kth = jax.lax.top_k(scores, sampling.top_k)[0].min(axis=-1, keepdims=True)
         scores = jnp.where(scores < kth, -jnp.inf, scores)  # tokens equal to the k-th stay, as in transformers
     if sampling.top_p < 1:
         scores = jnp.where(_in_nucleus(scores, sampling.top_p), scores, -jnp.inf)

@@ -58,7 +58,9 @@ class Block(nn.Module):
         c = self.config
         keys = (None,) * 3 if rng is None else jax.random.split(jax.random.fold_in(rng, depth), 3)
         norm = lambda name, on, y: Norm(c.norm, (c.d_model,), name=name)(y) if on else y
-        add = lambda x, y, key: x + dropout(y * c.residual_scale if c.residual_scale != 1 else y, c.dropout.residual, key)
+        add = lambda x, y, key: (
+            x + dropout(y * c.residual_scale if c.residual_scale != 1 else y, c.dropout.residual, key)
+        )
         y, state = SelfAttention(c, self.kind, self.impl, name="attn")(
             norm("attn_norm", c.pre_norm, x), tokens, state, depth, keys[0]
         )
@@ -137,9 +139,7 @@ def trunk(
         x, state, extra = _apply(Block(config, kind, runtime.attention), p, x, tokens, state, jnp.asarray(depth), rng)
         return x, state, extra | ({"residual": x} if "residual" in taps else {})
 
-    x, cache, extras = stack.run(
-        block, layers(config), _stacks(config, params), x, cache, remat=REMAT[runtime.remat]
-    )
+    x, cache, extras = stack.run(block, layers(config), _stacks(config, params), x, cache, remat=REMAT[runtime.remat])
     aux = {}
     if "residual" in taps:
         aux["residual"] = stack.collect(extras, "residual")

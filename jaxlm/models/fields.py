@@ -29,7 +29,9 @@ def windows(r: Reader, default: Sequence[bool]) -> tuple[int | None, ...]:
     else:
         names = {"sliding_attention": True, "full_attention": False}
         if unknown := set(types) - names.keys():
-            raise ValueError(f"{r.where}: layer_types {sorted(unknown)} are not supported; supported: {', '.join(names)}")
+            raise ValueError(
+                f"{r.where}: layer_types {sorted(unknown)} are not supported; supported: {', '.join(names)}"
+            )
         local = tuple(names[t] for t in types)
     if len(local) != r["num_hidden_layers"]:
         raise ValueError(f"{r.where}: {len(local)} layer_types for num_hidden_layers={r['num_hidden_layers']}")

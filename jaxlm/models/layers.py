@@ -72,9 +72,7 @@ class RaggedDot(Leaf):
     @nn.compact
     def __call__(self, x: Array, group_sizes: Array) -> Array:
         w = self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std)).astype(x.dtype)
-        y = jax.lax.ragged_dot(
-            x, w, group_sizes, precision=precision(x.dtype), preferred_element_type=jnp.float32
-        )
+        y = jax.lax.ragged_dot(x, w, group_sizes, precision=precision(x.dtype), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
 
 

@@ -57,7 +57,9 @@ class Reader:
     def expect(self, key: str, *allowed: Any) -> None:
         """For a feature that is not implemented: any value but these raises; the first is the default."""
         if (value := self.get(key, allowed[0])) not in allowed:
-            raise ValueError(f"{self.where}: {key}={value!r} is not supported; expected {' or '.join(map(repr, allowed))}")
+            raise ValueError(
+                f"{self.where}: {key}={value!r} is not supported; expected {' or '.join(map(repr, allowed))}"
+            )
 
     def part(self, key: str) -> "Reader":
         """A reader of the object under a key (empty when missing), finished together with this one."""

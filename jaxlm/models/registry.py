@@ -58,6 +58,8 @@ def family(model_type: str) -> Family:
             f"there are {', '.join(names())}"
         )
     module = importlib.import_module(f"{families.__name__}.{model_type}")
-    given = {name: getattr(module, name.upper()) for name in ("base", "buffers", "gguf") if hasattr(module, name.upper())}
+    given = {
+        name: getattr(module, name.upper()) for name in ("base", "buffers", "gguf") if hasattr(module, name.upper())
+    }
     backbone = getattr(module, "BACKBONE", decoder)
     return Family(model_type, module.__doc__.split("\n")[0], module.config, module.rules, backbone, **given)

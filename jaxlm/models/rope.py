@@ -72,16 +72,17 @@ def _linear(r: Rope, length: int) -> np.ndarray:
 
 def _dynamic(r: Rope, length: int) -> np.ndarray:
     """NTK-aware: theta grows with the length beyond the trained context."""
-    stretch = r.factor * max(length, r.original_context) / r.original_context - (r.factor - 1)
-    return f32(1) / _powers(r.theta * stretch ** (r.dim / (r.dim - 2)), r.dim)
+    stretch = f32(r.factor) * f32(max(length, r.original_context)) / f32(r.original_context) - f32(r.factor - 1)
+    theta = f32(r.theta) * f32(np.float64(stretch) ** (r.dim / (r.dim - 2)))
+    return f32(1) / _powers(float(theta), r.dim)
 
 
 def _llama3(r: Rope, length: int) -> np.ndarray:
     """Long wavelengths divided by the factor, short ones kept, a linear blend between (Llama 3.1)."""
     low, high = r.ramp
     freq = _default(r, length)
-    wavelength = f32(2 * math.pi) / freq
-    smooth = (f32(r.original_context) / wavelength - f32(low)) / f32(high - low)
+    wavelength = f32(1) / freq * f32(2 * math.pi)  # torch divides a number by a tensor through its reciprocal
+    smooth = (f32(1) / wavelength * f32(r.original_context) - f32(low)) / f32(high - low)
     blend = (1 - smooth) * freq / f32(r.factor) + smooth * freq
     scaled = np.where(wavelength > r.original_context / low, freq / f32(r.factor), freq)
     medium = (wavelength >= r.original_context / high) & (wavelength <= r.original_context / low)

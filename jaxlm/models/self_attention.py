@@ -104,4 +104,3 @@ def write(state: State, k: Array, v: Array, positions: Array) -> State:
     rows = jnp.arange(k.shape[0])[:, None]
     put = lambda name, new: state[name].at[rows, slot].set(new.astype(state[name].dtype), mode="drop")
     return {"k": put("k", k), "v": put("v", v), "pos": put("pos", positions)}
-

@@ -92,7 +92,9 @@ def test_dropout_keeps_the_expectation():
 )
 def test_cudnn_says_what_it_refuses(change, reason):
     q, _, v = arrays(dtype=change.get("dtype", jnp.bfloat16), v_dim=change.get("v_dim", H))
-    got = refuses_cudnn(q, v, change.get("mask", CAUSAL), change.get("given", frozenset()), change.get("platform", "cpu"))
+    got = refuses_cudnn(
+        q, v, change.get("mask", CAUSAL), change.get("given", frozenset()), change.get("platform", "cpu")
+    )
     assert reason in got
 
 

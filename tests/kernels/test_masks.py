@@ -3,7 +3,18 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxlm.kernels.masks import CAUSAL, EVERYTHING, FULL, SKIP, Band, KeysBefore, QueriesBefore, dense, prefix_lm, window
+from jaxlm.kernels.masks import (
+    CAUSAL,
+    EVERYTHING,
+    FULL,
+    SKIP,
+    Band,
+    KeysBefore,
+    QueriesBefore,
+    dense,
+    prefix_lm,
+    window,
+)
 
 MASKS = [
     EVERYTHING,

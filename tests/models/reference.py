@@ -50,12 +50,18 @@ class Reference:
         self.model.zero_grad(set_to_none=True)
         model.save_pretrained(directory)
 
+    def generate(self, prompt: np.ndarray, **options) -> np.ndarray:
+        """The tokens that follow one prompt."""
+        ids = torch.tensor(prompt)[None]
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+        return out[0, len(prompt) :].numpy()
+
     def router_loss(self, valid: np.ndarray | None = None) -> float:
         """The auxiliary loss of transformers, over the valid tokens."""
         mask = None if valid is None else torch.tensor(valid.astype(np.int64))
         config = self.model.config
         experts = config.num_local_experts if "num_local_experts" in config.to_dict() else config.num_experts
-        # In float32: its masks are the smallest number of the dtype, and -inf once float64 is cast down for the softmax.
+        # In float32: masks hold the dtype's least number, which is -inf once float64 is cast down for the softmax.
         model = copy.deepcopy(self.model).float()
         with torch.no_grad():
             out = model(torch.tensor(self.tokens), attention_mask=mask, output_router_logits=True)
@@ -89,7 +95,7 @@ def build(case: Case) -> Any:
     """The torch model with all weights, norms and biases drawn with std 0.2; norm scales around their neutral value."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
     kwargs = json.loads(json.dumps(case.kwargs))  # transformers writes into the dicts it is given
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # the latter's default has no float64
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # experts have no float64 otherwise
     config = getattr(transformers, case.config)(**kwargs, **eager)
     model = getattr(transformers, case.model)(config).eval()
     neutral = 0.0 if "gemma" in config.model_type else 1.0

@@ -25,10 +25,10 @@ def upper_windows(r: Reader) -> tuple[int | None, ...]:
     n_layers, first = r["num_hidden_layers"], r.get("max_window_layers", 28)
     if r.get("use_sliding_window", False):
         return fields.windows(r, [layer >= first for layer in range(n_layers)])
-    r.inert("sliding_window", "layer_types")
-    if "sliding_attention" in r.get("layer_types", ()):
+    windows = fields.windows(r, [False] * n_layers)
+    if any(windows):
         raise ValueError(f"{r.where}: layer_types has sliding_attention, but use_sliding_window is false")
-    return (None,) * n_layers
+    return windows
 
 
 def gguf_config(file: GgufFile) -> dict:
