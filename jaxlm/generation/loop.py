@@ -63,7 +63,7 @@ def prefill(plan: Plan, params: Any, tokens: Array, lengths: Array, key: Array) 
     at = jnp.arange(width)[None]
     positions = jnp.where(at < lengths[:, None], at, -1).astype(jnp.int32)
     x = plan.backbone.embed(plan.config, params, tokens, positions=positions, runtime=plan.runtime)
-    cache = plan.backbone.init_cache(plan.config, batch, plan.length, x.dtype)
+    cache = plan.backbone.init_cache(plan.config, params, batch, plan.length, x.dtype)
     hidden, cache, _ = plan.backbone.trunk(
         plan.config, params, x, positions=positions, cache=cache, rope_len=plan.length, runtime=plan.runtime
     )

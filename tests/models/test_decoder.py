@@ -141,7 +141,7 @@ def test_bad_options(options, message):
 
 def test_a_length_dependent_rope_needs_the_length_with_a_cache():
     m = model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=8)
-    cache = decoder.init_cache(m.config, 2, 12)
+    cache = decoder.init_cache(m.config, m.params, 2, 12)
     with pytest.raises(ValueError, match="need rope_len"):
         decoder.forward(m.config, m.params, TOKENS, positions=jnp.arange(9)[None], cache=cache)
 

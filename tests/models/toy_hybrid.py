@@ -51,7 +51,7 @@ def init(config, key):
     return {"embed": {"w": jax.random.normal(key, (config.vocab_size, d))}, "layers": groups}
 
 
-def init_cache(config, batch, length, dtype):
+def init_cache(config, params, batch, length, dtype):
     d, count = config.d_model, config.mixers.count
     n = count("attention")
     kv = jnp.zeros((n, batch, length, 1, d), dtype)
