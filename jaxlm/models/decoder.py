@@ -24,6 +24,7 @@ from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_stat
 Params = dict[str, Any]
 Cache = dict[str, State]
 TAPS = ("residual",)
+VIEW = True  # parameters may come unrolled (view.py)
 REMAT = {
     "none": None,
     "full": functools.partial(jax.checkpoint, prevent_cse=False),

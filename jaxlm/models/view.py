@@ -67,20 +67,20 @@ def _stacked(config: DecoderConfig, layers: list[Tree]) -> Tree:
         parts = [dict(layer.pop(name)) for layer in layers]
         joined, members = JOINED.get(name, ("", ()))
         if joined in parts[0]:
-            sizes = _sizes(config, joined)
             axis = -2 if joined == "qkv" else -1
             for leaf in list(parts[0][joined]):
                 whole = np.stack([part[joined].pop(leaf) for part in parts])
-                for member, piece in zip(members, np.split(whole, np.cumsum(sizes)[:-1], axis), strict=True):
+                for member, piece in zip(members, np.split(whole, _cuts(config, joined, whole.shape[-1]), axis), strict=True):
                     stack.setdefault(name, {}).setdefault(member, {})[leaf] = jax.device_put(np.ascontiguousarray(piece))
             parts = [{k: v for k, v in part.items() if k != joined} for part in parts]
         stack[name] = stack.get(name, {}) | jax.tree.map(lambda *a: jax.device_put(np.stack(a)), *parts)
     return stack
 
 
-def _sizes(config: DecoderConfig, joined: str) -> tuple[int, ...]:
+def _cuts(config: DecoderConfig, joined: str, width: int) -> tuple[int, ...]:
+    """Where the members of a joined array begin, after the first."""
     a = config.attention
-    return (a.n_heads, a.n_kv_heads, a.n_kv_heads) if joined == "qkv" else (1, 1)
+    return (a.n_heads, a.n_heads + a.n_kv_heads) if joined == "qkv" else (width // 2,)
 
 
 class Weights:
@@ -88,6 +88,10 @@ class Weights:
 
     def __init__(self, config: DecoderConfig, params: Tree):
         self.config, self._params = config, params
+
+    @property
+    def on_one_device(self) -> bool:
+        return all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(self._params))
 
     @property
     def stacked(self) -> Tree:
