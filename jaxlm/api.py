@@ -22,14 +22,20 @@ __all__ = ["Model", "init", "load"]
 def load(
     source: str | Path,
     *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     dtype: str | None = None,
     ignore_fields: Sequence[str] = (),
     layers: str = "auto",
     attention: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """A model from a checkpoint directory (config.json and safetensors) or a .gguf file.
+    """A model from a checkpoint directory (config.json and safetensors), a .gguf file, or "org/name" on the hub.
 
+    For the hub, where no directory has that name: revision, a branch, tag or commit; token, default HF_TOKEN; cache_dir,
+    default that of huggingface_hub; local_files_only=True makes no request. A path takes none of these.
     dtype: of the parameters and the computation; default the checkpoint's on an accelerator, float32 on a CPU. A field
     of config.json or a tensor that is unknown or missing is a ValueError naming it; ignore_fields names fields to pass
     over. layers: "stacked" runs them in scans, "unrolled" one by one, "auto" unrolled on a single CPU device (stored
@@ -37,7 +43,9 @@ def load(
     """
     inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
     inputs.choice("layers", layers, LAYERS)
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(
+        source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     fam = family(opened.model_type)
     config = fam.config(opened.hf_config, tuple(ignore_fields))
     shapes = parameter_shapes(fam, config)

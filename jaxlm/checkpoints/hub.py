@@ -1,9 +1,10 @@
 """A repository on the Hugging Face hub: "org/name" becomes a directory in the cache of huggingface_hub.
 
 Only a checkpoint's own files are asked for: config.json, the tokenizer and the safetensors, never a pickle. The weights
-come last, and a file appears under its name only when it is whole, so a directory that holds its weights holds the rest.
+come last, and a file gets its name only when it is whole: so a directory that holds its weights holds the rest too.
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,17 @@ def snapshot(
 
     revision: a branch, tag or commit, default "main". token: default HF_TOKEN, or that of `hf auth login`. cache_dir:
     default huggingface_hub's (HF_HUB_CACHE). local_files_only, or HF_HUB_OFFLINE=1: no request at all. progress is told
-    (bytes done, bytes in all) of the weights; without it a bar is shown where stderr is a terminal. The hub is that of
-    HF_ENDPOINT. What goes wrong is one FileNotFoundError, PermissionError, ConnectionError or ValueError with the remedy.
+    (bytes done, bytes in all) of the weights; without it a bar is shown where stderr is a terminal. HF_ENDPOINT names
+    another hub. An error says what to do: FileNotFoundError, PermissionError, ConnectionError or ValueError.
     """
     from huggingface_hub import constants
 
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")  # its own constant is read at import
     if not is_repo(repo):
         raise ValueError(f"{repo!r} is not the name of a repository on the hub: expected 'org/name'")
-    if revision == "":
-        raise ValueError(f"{repo}: revision is empty; expected a branch, tag or commit")
+    for option, value in (("revision", revision), ("token", token)):
+        if value is not None and not value.strip():
+            raise ValueError(f"{repo}: {option} is empty; leave it out for the default")
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"HF_ENDPOINT is {endpoint!r}, expected a URL that starts with https:// or http://")
     cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
@@ -82,25 +84,14 @@ def snapshot(
         return _cached(place, f"{switch} forbids the download")
     try:
         info = _info(place)
-    except _unreachable() as error:
-        if refusal := _refusal(place, error):
-            raise refusal from error
-        problem = f"{endpoint} cannot be reached ({_reason(error)})"
+    except ConnectionError as problem:
         try:
-            directory = _cached(place, problem)
+            directory = _cached(place, str(problem))
         except FileNotFoundError as absent:
-            raise ConnectionError(str(absent)) from error
+            raise ConnectionError(str(absent)) from problem
         log.warning("%s: %s; using the copy in the cache, which may be older", place.name, problem)
         return directory
-    try:
-        return _complete(place, info, progress)
-    except _unreachable() as error:
-        if refusal := _refusal(place, error):
-            raise refusal from error
-        raise ConnectionError(
-            f"{place.name}: the download stopped ({_reason(error)}); call again to get the rest: the files that have "
-            f"arrived are kept in {place.cache}"
-        ) from error
+    return _complete(place, info, progress)
 
 
 def _cached(place: _Place, why: str) -> Path:
@@ -144,11 +135,12 @@ def _shards(index: Path) -> list[str]:
 
 
 def _info(place: _Place) -> Any:
-    """What the hub says of the revision: its commit, and its files with their sizes."""
+    """What the hub says of the revision: its commit, and its files with their sizes. ConnectionError if it is away."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=place.endpoint, token=place.token)
-    return api.model_info(place.repo, revision=place.revision, files_metadata=True, timeout=_TIMEOUT)
+    with _explained(place, f"{place.endpoint} cannot be reached ({{}})"):
+        return api.model_info(place.repo, revision=place.revision, files_metadata=True, timeout=_TIMEOUT)
 
 
 def _complete(place: _Place, info: Any, progress: Progress | None) -> Path:
@@ -163,7 +155,7 @@ def _complete(place: _Place, info: Any, progress: Progress | None) -> Path:
     directory = _in_cache(place)
     if directory is None or directory.name != info.sha or not all((directory / name).is_file() for name in small):
         # By its own name, so that the cache remembers which commit it stood for.
-        directory = _fetch(place, place.revision, small, _bars(None, 0))
+        directory = _fetch(place, place.revision, small, _bars(None if progress is None else lambda *_: None, 0))
         if directory.name != info.sha:
             raise FileNotFoundError(f"{place.name} changed on the hub during the download; call again")
     wanted = [SINGLE] if weights == SINGLE else _shards(directory / INDEX)
@@ -172,7 +164,7 @@ def _complete(place: _Place, info: Any, progress: Progress | None) -> Path:
     if lacking := [name for name in wanted if not (directory / name).is_file()]:
         _fetch(place, info.sha, lacking, _bars(progress, sum(sizes[name] for name in lacking)))
     if missing := _missing(directory):
-        raise OSError(f"{some(missing)} did not arrive")
+        raise ConnectionError(f"{place.name}: {some(missing)} did not arrive; call again")
     return directory
 
 
@@ -184,40 +176,52 @@ def _weights(place: _Place, names: list[str]) -> str:
     if others := [name for name in names if name.endswith(".safetensors")]:
         raise FileNotFoundError(f"{place.name} has no {SINGLE} or {INDEX}; its safetensors are {some(others)}")
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        pinned = "" if place.revision is None else f', revision="{place.revision}"'
-        made = f"{place.repo.split('/')[1]}-safetensors"
         raise ValueError(
-            f"{place.name} has only pickled PyTorch weights ({some(pickles)}), which are not loaded, because unpickling "
-            f"can run any code; convert them once, where torch is installed, and load {made}: python -c 'from "
-            f'transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [X.from_pretrained("{place.repo}"{pinned}'
-            f').save_pretrained("{made}") for X in (M, T)]\''
+            f"{place.name} has only pickled PyTorch weights ({some(pickles)}), which are not loaded, because "
+            f"unpickling can run any code; convert them once, where torch is installed: {_conversion(place)}"
         )
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         raise FileNotFoundError(
-            f"{place.name} has only GGUF files ({some(ggufs)}): download one, `hf download {place.repo} {ggufs[0]}`, and "
-            "load it by its path"
+            f"{place.name} has only GGUF files ({some(ggufs)}): download one with `hf download {place.repo} "
+            f"{ggufs[0]}` and load it by its path"
         )
     raise FileNotFoundError(f"{place.name} has no safetensors; it holds {some(names)}")
 
 
-def _fetch(place: _Place, revision: str | None, names: Iterable[str], bars: Any) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            place.repo,
-            revision=revision,
-            token=place.token,
-            cache_dir=place.cache,
-            endpoint=place.endpoint,
-            allow_patterns=[glob.escape(name) for name in names],
-            tqdm_class=bars,
-        )
+def _conversion(place: _Place) -> str:
+    """The command that writes a pickled checkpoint as safetensors beside us."""
+    where = f'"{place.repo}"' if place.revision is None else f'"{place.repo}", revision="{place.revision}"'
+    to = f'"{place.repo.split("/")[1]}-safetensors"'
+    return (
+        "python -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"M.from_pretrained({where}).save_pretrained({to}); T.from_pretrained({where}).save_pretrained({to})'"
     )
 
 
+def _fetch(place: _Place, revision: str | None, names: Iterable[str], bars: Any) -> Path:
+    """Downloads these files, those that the cache has excepted."""
+    from huggingface_hub import snapshot_download
+
+    stopped = (
+        f"{place.name}: the download stopped ({{}}); call again to get the rest: the files that have arrived are kept "
+        f"in {place.cache}"
+    )
+    with _explained(place, stopped):
+        return Path(
+            snapshot_download(
+                place.repo,
+                revision=revision,
+                token=place.token,
+                cache_dir=place.cache,
+                endpoint=place.endpoint,
+                allow_patterns=[glob.escape(name) for name in names],
+                tqdm_class=bars,
+            )
+        )
+
+
 def _bars(progress: Progress | None, total: int) -> Any:
-    """The class of huggingface_hub's bars: its own on a terminal, otherwise one that shows nothing and tells `progress`."""
+    """The class of huggingface_hub's bars: its own on a terminal, else one that shows nothing and tells `progress`."""
     from huggingface_hub.utils.tqdm import tqdm
 
     if progress is None and sys.stderr is not None and sys.stderr.isatty():
@@ -239,45 +243,24 @@ def _bars(progress: Progress | None, total: int) -> Any:
     return Told
 
 
-def _unreachable() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises when a hub refuses, does not answer, or answers as something else."""
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx or httpx2, by version)
-
-    return HTTPError, OSError, json.JSONDecodeError
-
-
-def _refusal(place: _Place, error: Exception) -> Exception | None:
-    """The error for a hub that has answered, and means it; None where trying again may help."""
+@contextlib.contextmanager
+def _explained(place: _Place, trouble: str) -> Iterator[None]:
+    """Raises as one line what huggingface_hub raises: a refusal, or `trouble` with the reason put in."""
     from huggingface_hub import errors
 
-    if type(error) in (FileNotFoundError, PermissionError):  # ours, or the disk's
-        return error
-    error = _cause(error)
-    if not isinstance(error, errors.HfHubHTTPError):
-        return None
-    where = f"{place.endpoint}/{place.repo}"
-    if isinstance(error, errors.GatedRepoError):
-        return PermissionError(
-            f"{place.repo} is gated: accept its licence on {where}, then pass token= or set HF_TOKEN to a token of the "
-            "account that did"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{place.repo}: no such directory here, and no such repository on {place.endpoint}; if it is a private one, "
-            "pass token= or set HF_TOKEN"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError(
-            f"{place.repo} has no revision {place.revision or 'main'!r} on {place.endpoint}: expected a branch, tag or "
-            "commit"
-        )
-    if error.response.status_code in (401, 403):
-        return PermissionError(f"{where}: access refused ({_reason(error)}); check token= or HF_TOKEN")
-    return None
+    try:
+        yield
+    # HTTPError is that of httpx or of httpx2, whichever this version uses; bad JSON comes from what is no hub at all.
+    except (errors.HTTPError, OSError, json.JSONDecodeError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        cause = _cause(error)
+        if refusal := _refusal(place, cause):
+            raise refusal from error
+        local = isinstance(cause, OSError) and cause.errno is not None  # a full disk, a cache that cannot be written
+        raise (OSError if local else ConnectionError)(trouble.format(_reason(cause))) from error
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What made huggingface_hub look into its cache, where it found nothing: that it reports as its error."""
+    """What made huggingface_hub look into its cache: not to find the file there is all that it tells."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -285,14 +268,37 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _refusal(place: _Place, error: BaseException) -> Exception | None:
+    """The error for a hub that has answered, and means it."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return PermissionError(
+            f"{place.repo} is gated: accept its licence on {place.endpoint}/{place.repo}, then pass token= or set "
+            "HF_TOKEN to a token of the account that did"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"{place.repo}: no such directory here, and no such repository on {place.endpoint}; if it is private, pass "
+            "token= or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        revision = place.revision or "main"
+        return FileNotFoundError(f"{place.repo} has no revision {revision!r}: expected a branch, tag or commit")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return PermissionError(
+            f"{place.repo}: {place.endpoint} refuses access ({_reason(error)}); check token= or HF_TOKEN"
+        )
+    return None
+
+
 def _reason(error: BaseException) -> str:
     """One line."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    error = _cause(error)
     if isinstance(error, HfHubHTTPError):
-        said = error.server_message or error.response.headers.get("X-Error-Message") or error.response.reason_phrase
+        said = error.response.headers.get("X-Error-Message") or error.response.reason_phrase
         return f"HTTP {error.response.status_code} {said}".strip()
     if isinstance(error, json.JSONDecodeError):
         return "it does not answer as a hub does"
-    return str(error).split("\n")[0] or type(error).__name__
+    return str(error).split("\n")[0].rstrip(".") or type(error).__name__

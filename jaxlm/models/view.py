@@ -96,11 +96,13 @@ class Weights:
     @property
     def stacked(self) -> Tree:
         if is_unrolled(self._params):
-            self._params = restack(self.config, self._params)
+            with jax.ensure_compile_time_eval():  # also where a caller is just being traced
+                self._params = restack(self.config, self._params)
         return self._params
 
     @property
     def unrolled(self) -> Tree:
         if not is_unrolled(self._params):
-            self._params = unroll(self.config, self._params)
+            with jax.ensure_compile_time_eval():
+                self._params = unroll(self.config, self._params)
         return self._params
