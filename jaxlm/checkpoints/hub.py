@@ -155,7 +155,7 @@ def _complete(place: _Place, info: Any, progress: Progress | None) -> Path:
     directory = _in_cache(place)
     if directory is None or directory.name != info.sha or not all((directory / name).is_file() for name in small):
         # By its own name, so that the cache remembers which commit it stood for.
-        directory = _fetch(place, place.revision, small, _bars(None if progress is None else lambda *_: None, 0))
+        directory = _fetch(place, place.revision, small, _bars(lambda *_: None, 0))
         if directory.name != info.sha:
             raise FileNotFoundError(f"{place.name} changed on the hub during the download; call again")
     wanted = [SINGLE] if weights == SINGLE else _shards(directory / INDEX)

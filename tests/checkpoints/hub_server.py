@@ -19,7 +19,7 @@ class Repo:
 
     @property
     def commit(self) -> str:
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        return etag(repr(sorted((name, etag(data)) for name, data in self.files.items())).encode())
 
 
 @dataclasses.dataclass

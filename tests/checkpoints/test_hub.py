@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -66,8 +67,15 @@ def cache(monkeypatch, tmp_path) -> Path:
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # read from the environment at import
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    # Where nothing listens: HF_ENDPOINT alone says where the hub is.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))  # before it tries again
     huggingface_hub.close_session()  # it holds the proxies and connections of earlier tests
     return tmp_path / "cache"
 
@@ -219,21 +227,23 @@ def test_names_of_repositories(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "name",
-        "a/b/c",
-        "./a",
-        "/a",
-        "a/",
-        "../a",
-        "~/a",
-        "org/name\n",
-        "org/na me",
-        "org/-name",
-        "a--b/c",
-        "a/b.",
-        "a./b",
-    ]
-    + ["org/model.gguf", "org/name.git", "org/" + "x" * 97, "caf\u00e9/name", ""],
+        *(
+            "name",
+            "a/b/c",
+            "./a",
+            "/a",
+            "a/",
+            "../a",
+            "~/a",
+            "",
+            "org/name\n",
+            "org/na me",
+            "org/-name",
+            "a--b/c",
+            "a/b.",
+        ),
+        *("a./b", "org/model.gguf", "org/name.git", "org/" + "x" * 97, "caf\u00e9/name"),
+    ],
 )
 def test_not_names_of_repositories(server, name):
     assert not hub.is_repo(name)
@@ -311,7 +321,7 @@ def test_no_config(server, contents):
 def test_index_that_names_other_files(server, shards, place):
     index = {"metadata": {}, "weight_map": {"a": place}}
     server.repos["org/tiny"].files = shards | {"model.safetensors.index.json": json.dumps(index).encode(), place: b"x"}
-    with pytest.raises(ValueError, match="expected names of .safetensors files"):
+    with pytest.raises(ValueError, match=r"expected names of \.safetensors files"):
         hub.snapshot("org/tiny")
     assert not {place, *filter(lambda name: name.endswith(".safetensors"), shards)} & set(server.asked())
 
@@ -324,7 +334,7 @@ def test_index_that_names_a_missing_file(server, shards):
 
 def test_endpoint_that_is_no_url(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "hub.example")
-    with pytest.raises(ValueError, match="HF_ENDPOINT is 'hub.example', expected a URL"):
+    with pytest.raises(ValueError, match=r"HF_ENDPOINT is 'hub\.example', expected a URL"):
         hub.snapshot("org/tiny")
 
 
@@ -399,7 +409,7 @@ def test_interrupted_before_the_weights(server):
     half(server, "tokenizer.json")
     server.down_after_cut = True
     assert "the download stopped" in fails(ConnectionError)
-    assert "model.safetensors missing" in fails(FileNotFoundError, local_files_only=True)
+    fails(FileNotFoundError, local_files_only=True)  # whichever of the small files have arrived
     server.status = None
     jaxlm.load("org/tiny")
 
@@ -410,7 +420,7 @@ def test_interrupted_before_the_weights(server):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["info", "org/tiny"], "PreTrainedTokenizerFast"),
+        (["info", "org/tiny"], "256 tokens, chat template"),
         (["generate", "org/tiny", "hello", "--max-new-tokens", "3"], ""),
         (["convert", "org/tiny", "OUT"], ""),
         pytest.param(["verify", "org/tiny", "--tokens", "20", "--new-tokens", "4"], "4 of 4", marks=pytest.mark.torch),
