@@ -1,4 +1,4 @@
-"""What a source is: a checkpoint directory or a .gguf file, opened without reading weights."""
+"""What a source is: a checkpoint directory, a .gguf file or a hub repository, opened without reading weights."""
 
 import dataclasses
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoints import files
+from jaxlm.checkpoints import files, hub
 from jaxlm.checkpoints.source import Source
 
 
@@ -39,19 +39,44 @@ class Opened:
                 shutil.copyfile(self.directory / name, directory / name)
 
 
-def open_checkpoint(source: str | Path) -> Opened:
-    """A directory with config.json, or a .gguf file; anything else is an error that says what was found."""
+def on_hub(source: str | Path) -> bool:
+    """Whether a source is a repository on the hub: text of the form "org/name" that is no path here."""
+    return isinstance(source, str) and hub.is_repo(source) and not Path(source).exists()
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Opened:
+    """A directory with config.json, a .gguf file, or "org/name" on the hub, to which alone the options belong.
+
+    Anything else is an error that says what was found.
+    """
+    if on_hub(source):
+        directory = hub.snapshot(
+            str(source), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return _open_directory(directory, str(source))
     path = Path(source).expanduser()
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    given = [f"{name}=" for name, value in options.items() if value is not None]
+    given += ["local_files_only="] * local_files_only
+    if given and path.exists():
+        raise ValueError(f"{source} is a path here, and {', '.join(given)} only for a repository on the hub")
     if path.suffix == ".gguf":
         return _open_gguf(path)
     if path.is_dir():
-        return _open_directory(path)
+        return _open_directory(path, str(path))
     if path.exists():
         raise ValueError(f"{path} is neither a checkpoint directory nor a .gguf file")
-    raise FileNotFoundError(f"{source}: no such directory or .gguf file (names on a hub are not downloaded yet)")
+    raise FileNotFoundError(f"{source}: no such directory or .gguf file (a repository on the hub is named org/name)")
 
 
-def _open_directory(path: Path) -> Opened:
+def _open_directory(path: Path, where: str) -> Opened:
     from jaxlm.checkpoints.safetensors import SafetensorsSource
 
     if not (path / files.CONFIG).is_file():
@@ -67,7 +92,7 @@ def _open_directory(path: Path) -> Opened:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
     return Opened(
-        where=str(path),
+        where=where,
         hf_config=files.read_json(path / files.CONFIG),
         generation_config=files.read_json(generation) if generation.is_file() else {},
         source=lambda: SafetensorsSource(path),

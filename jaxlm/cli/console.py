@@ -14,7 +14,10 @@ from rich.table import Table
 # An option whose default, None, needs no mention.
 Option = functools.partial(tyro.conf.arg, help_behavior_hint="")
 Dtype = Literal["float32", "bfloat16", "float16"] | None
-Source = Annotated[str, tyro.conf.arg(metavar="SOURCE", help="a checkpoint's directory, or a .gguf file")]
+Source = Annotated[
+    str,
+    tyro.conf.arg(metavar="SOURCE", help="a checkpoint's directory, a .gguf file, or org/name on the Hugging Face hub"),
+]
 IgnoreFields = Annotated[
     tuple[str, ...],
     tyro.conf.arg(name="ignore-field", metavar="NAME", help="a field of config.json to do without"),
@@ -58,12 +61,24 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def fetch(source: str) -> str:
+    """The directory of a repository on the hub, downloaded with a progress bar; any other source as it is."""
+    from jaxlm.checkpoints import hub
+    from jaxlm.opening import on_hub
+
+    if not on_hub(source):
+        return source
+    with progress(f"downloading {source}") as step:
+        return str(hub.snapshot(source, progress=step))
+
+
 def load(source: str, dtype: str | None, ignore_fields: tuple[str, ...]):
     """`jaxlm.load` with a progress bar."""
     import jaxlm
 
+    directory = fetch(source)
     with progress(f"loading {source}") as step:
-        return jaxlm.load(source, dtype=dtype, ignore_fields=ignore_fields, progress=step)
+        return jaxlm.load(directory, dtype=dtype, ignore_fields=ignore_fields, progress=step)
 
 
 def count(n: int) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from rich.table import Table
 
-from jaxlm.cli.console import IgnoreFields, Option, Source, count, facts, out, size, table
+from jaxlm.cli.console import IgnoreFields, Option, Source, count, facts, fetch, out, size, table
 
 Stored = dict[str, tuple[str, tuple[int, ...], int, str]]  # tensor -> type, shape, bytes, file
 
@@ -29,6 +29,7 @@ def info(
     from jaxlm.models.registry import family
     from jaxlm.opening import open_checkpoint
 
+    source = fetch(source)
     opened = open_checkpoint(source)
     fam = family(opened.model_type)
     config = fam.config(opened.hf_config, ignore_fields)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from jaxlm.cli.console import IgnoreFields, Source, err, facts, load, out
-from jaxlm.opening import open_checkpoint
+from jaxlm.cli.console import IgnoreFields, Source, err, facts, fetch, load, out
+from jaxlm.opening import on_hub, open_checkpoint
 
 TOLERANCE = 1e-5  # float32 rounding through 30 layers gives 1e-6; a wrong constant anywhere gives 1e-4 or more
 
@@ -54,7 +54,8 @@ def verify(
 
     Example: jaxlm verify SmolLM2.gguf --tokens 512 --new-tokens 64
     """
-    open_checkpoint(source)  # so that a wrong path is the first thing told
+    if not on_hub(source):
+        open_checkpoint(source)  # so that a wrong path is the first thing told
     needed = ["torch", "accelerate"] if source.endswith(".gguf") else ["torch"]  # transformers asks for both
     if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
         missed = " ".join(missing)
@@ -62,6 +63,7 @@ def verify(
     if tokens < 1 or new_tokens < 0:
         raise ValueError(f"--tokens {tokens} --new-tokens {new_tokens}: expected at least 1 and 0")
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; transformers shows bars of its own
+    source = fetch(source)
     model = load(source, "float32", ignore_fields)
     if tokens + new_tokens > model.config.max_context:
         raise ValueError(

@@ -24,6 +24,7 @@ from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_stat
 Params = dict[str, Any]
 Cache = dict[str, State]
 TAPS = ("residual",)
+VIEW = True  # parameters may come unrolled (view.py)
 REMAT = {
     "none": None,
     "full": functools.partial(jax.checkpoint, prevent_cse=False),
@@ -180,16 +181,20 @@ def forward(
     return head(config, params, hidden), cache, aux
 
 
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
-    """An empty cache for `length` positions, {state: arrays [L_state, B, ...]}; windowed layers keep their window."""
+def init_cache(config: DecoderConfig, params: Params, batch: int, length: int, dtype=jnp.float32) -> Cache:
+    """An empty cache for `length` positions, {state: arrays [L_state, B, ...]}; windowed layers keep their window.
+
+    For unrolled parameters (view.py) each state is a tuple of layers instead.
+    """
+    unrolled = stack.is_unrolled(_stacks(config, params))
     by_state: dict[str, list[Kind]] = {}
     for name, kind in zip(states(config.kinds), config.kinds, strict=True):
         by_state.setdefault(name, []).append(kind)
+    empty = {name: empty_state(config, kinds[0], batch, length, dtype) for name, kinds in by_state.items()}
+    if unrolled:
+        return {name: (state,) * len(by_state[name]) for name, state in empty.items()}
     stacked = lambda a, n: jnp.broadcast_to(a, (n, *a.shape))
-    return {
-        name: jax.tree.map(lambda a, n=len(kinds): stacked(a, n), empty_state(config, kinds[0], batch, length, dtype))
-        for name, kinds in by_state.items()
-    }
+    return {name: jax.tree.map(lambda a, n=len(by_state[name]): stacked(a, n), s) for name, s in empty.items()}
 
 
 def layers(config: DecoderConfig) -> tuple[stack.Layer, ...]:
@@ -250,8 +255,9 @@ def _boxed_layers(config: DecoderConfig, key: Array, x: Array, at: Array) -> Par
     return made[""] if "" in made else made
 
 
-def _stacks(config: DecoderConfig, params: Params) -> Params:
-    return {"": params["layers"]} if groups(config.kinds)[0] == "" else params["layers"]
+def _stacks(config: DecoderConfig, params: Params) -> dict[str, Any]:
+    one_group = groups(config.kinds)[0] == "" and "" not in params["layers"]
+    return {"": params["layers"]} if one_group else params["layers"]
 
 
 def _vocabulary(config: DecoderConfig) -> Embed:

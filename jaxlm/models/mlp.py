@@ -1,6 +1,7 @@
 """The dense feed-forward branch."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.models.config import MlpConfig
@@ -17,11 +18,15 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        widen = lambda name: Einsum(
-            "BTD,DF->BTF", (self.d_model, c.d_ff), ("embed", "mlp"), "F" if c.bias else None, self.std, name=name
+        widen = lambda name, width: Einsum(
+            "BTD,DF->BTF", (self.d_model, width), ("embed", "mlp"), "F" if c.bias else None, self.std, name=name
         )(x)
         act = ACTIVATIONS[c.act]
-        h = act(widen("gate")) * widen("up") if c.gated else act(widen("up"))
+        if "gate_up" in self.variables.get("params", ()):  # joined for decoding (view.py)
+            gate, up = jnp.split(widen("gate_up", 2 * c.d_ff), 2, axis=-1)
+            h = act(gate) * up
+        else:
+            h = act(widen("gate", c.d_ff)) * widen("up", c.d_ff) if c.gated else act(widen("up", c.d_ff))
         return Einsum(
             "BTF,FD->BTD", (c.d_ff, self.d_model), ("mlp", "embed"), "D" if c.bias else None, self.std, name="down"
         )(h)

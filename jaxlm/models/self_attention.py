@@ -33,9 +33,13 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, tokens: Tokens, state: State | None, depth, rng) -> tuple[Array, State | None]:
         c, a = self.config, self.config.attention
-        q = self._project("q", x, a.n_heads, "N", "heads")
-        k = self._project("k", x, a.n_kv_heads, "K", "kv_heads")
-        v = self._project("v", x, a.n_kv_heads, "K", "kv_heads")
+        if "qkv" in self.variables.get("params", ()):  # joined for decoding (view.py)
+            qkv = self._project("qkv", x, a.n_heads + 2 * a.n_kv_heads, "N", "heads")
+            q, k, v = jnp.split(qkv, (a.n_heads, a.n_heads + a.n_kv_heads), axis=2)
+        else:
+            q = self._project("q", x, a.n_heads, "N", "heads")
+            k = self._project("k", x, a.n_kv_heads, "K", "kv_heads")
+            v = self._project("v", x, a.n_kv_heads, "K", "kv_heads")
         if a.qk_norm:
             size = lambda heads: (a.head_dim,) if a.qk_norm == "head" else (heads, a.head_dim)
             q = Norm(c.norm, size(a.n_heads), name="q_norm")(q)

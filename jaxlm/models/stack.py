@@ -1,7 +1,8 @@
 """Layers of several kinds, stored in stacks, run as scans over repeating periods.
 
 `params[group]` and `cache[state]` are stacked [L_group, ...] in depth order; a `Layer` says, per depth, what the layer
-is (a static, hashable kind) and which stacks it reads. Storage never depends on how layers run.
+is (a static, hashable kind) and which stacks it reads. A stack may also be a tuple of its elements: then layers run one
+by one, unrolled, which a CPU needs to read weights where they lie instead of copying each layer out of its stack.
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ def run(
     seen_state = dict.fromkeys((layer.state for layer in layers), 0)
     held = None if cache is None else dict(cache)
     extras, depth0 = [], 0
-    for period, repeats in runs(layers):
+    for period, repeats in [((layer,), 1) for layer in layers] if is_unrolled(params) else runs(layers):
         step = _period_step(step_block, period, params, dict(seen_group), dict(seen_state), depth0)
         if repeats == 1:
             (x, held), ys = step((x, held), 0)
@@ -117,9 +118,18 @@ def collect(extras: Sequence[Extra], name: str) -> jax.Array | None:
     return values if (order == np.arange(len(order))).all() else values[order]
 
 
+def is_unrolled(params: Mapping[str, Tree]) -> bool:
+    """Whether the stacks are tuples of layers."""
+    return any(isinstance(stack, tuple) for stack in params.values())
+
+
 def _take(tree: Tree, i) -> Tree:
+    if isinstance(tree, tuple):
+        return tree[i]
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
 
 
 def _put(tree: Tree, i, new: Tree) -> Tree:
+    if isinstance(tree, tuple):
+        return (*tree[:i], new, *tree[i + 1 :])
     return jax.tree.map(lambda a, n: jax.lax.dynamic_update_index_in_dim(a, n, i, 0), tree, new)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm.generation.loop import Plan, generate
+from jaxlm.generation.loop import Plan, bucket, decode, extend, pad_rows, prefill, stream
 from jaxlm.generation.sampling import Sampling
 
 LLAMA = {
@@ -78,12 +78,93 @@ def test_token_by_token_gives_the_same_tokens(model):
         sampling=Sampling(temperature=0.0),
         eos=(),
         pad=0,
-        new_tokens=7,
+        capacity=7,
         length=14,
     )
+    want = model.generate(PROMPTS[:1], max_new_tokens=7, temperature=0)[0].tolist()
+    state = prefill(plan, model.params, *pad_rows(PROMPTS[:1], 7, 0), jax.random.key(0))
     seen = []
-    got = generate(plan, model.params, PROMPTS[:1], 0, seen.append)
-    assert seen == got[0].tolist() == model.generate(PROMPTS[:1], max_new_tokens=7, temperature=0)[0].tolist()
+    stream(plan, model.params, state, 7, lambda token: seen.append(token) or True)
+    assert seen == want
+    state = prefill(plan, model.params, *pad_rows(PROMPTS[:1], 7, 0), jax.random.key(0))
+    seen.clear()
+    stream(plan, model.params, state, 7, lambda token: seen.append(token) or len(seen) < 3)
+    assert seen == want[:3]
+
+
+@pytest.mark.parametrize("layers", ["stacked", "unrolled"])
+def test_layers_run_either_way(layers):
+    model = jaxlm.init(WINDOWED, key=jax.random.key(3), layers=layers)
+    before = jax.tree.map(np.array, model.params)
+    got = model.generate(PROMPTS, max_new_tokens=5, temperature=0)
+    other = jaxlm.init(WINDOWED, key=jax.random.key(3), layers="auto").generate(PROMPTS, max_new_tokens=5, temperature=0)
+    assert got.tolist() == other.tolist()
+    jax.tree.map(np.testing.assert_array_equal, before, model.params)
+
+
+def test_extend_continues_a_cache(model):
+    """A prompt in two parts, with ragged rows, gives what the whole prompt gives."""
+    plan = Plan(
+        backbone=model.family.backbone,
+        config=model.config,
+        runtime=model.runtime,
+        sampling=Sampling(temperature=0.0),
+        eos=(),
+        pad=0,
+        capacity=4,
+        length=20,
+        logprobs=True,
+    )
+    whole = prefill(plan, model.params, *pad_rows(PROMPTS, 8, 0), jax.random.key(0))
+    parts = prefill(plan, model.params, *pad_rows([p[:1] for p in PROMPTS], 4, 0), jax.random.key(0))
+    parts = extend(plan, model.params, parts, *pad_rows([p[1:] for p in PROMPTS], 6, 0))
+    whole, parts = (decode(plan, model.params, state, 4)[0] for state in (whole, parts))
+    assert np.asarray(whole["out"]).tolist() == np.asarray(parts["out"]).tolist()
+    np.testing.assert_allclose(whole["logprobs"], parts["logprobs"], atol=1e-5)
+
+
+def test_samples_of_one_prompt(model):
+    got = model.generate(PROMPTS, max_new_tokens=6, temperature=1.0, samples=3, seed=5)
+    assert got.shape == (3, 3, 6)
+    assert len({tuple(row) for row in got[0].tolist()}) > 1
+    greedy = model.generate(PROMPTS, max_new_tokens=6, temperature=0, samples=2)
+    alone = model.generate(PROMPTS, max_new_tokens=6, temperature=0)
+    assert greedy[:, 0].tolist() == greedy[:, 1].tolist() == alone.tolist()
+
+
+def test_log_probabilities_are_those_of_the_whole_sequence(model):
+    made = model.generate(PROMPTS, max_new_tokens=6, temperature=0.7, seed=2, details=True)
+    for one, prompt in zip(made, PROMPTS, strict=True):
+        logits = np.asarray(model(np.concatenate([prompt, one.tokens])[None]), np.float64)[0]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        want = logprobs[len(prompt) - 1 : -1][np.arange(6), one.tokens]
+        np.testing.assert_allclose(one.logprobs, want, atol=2e-5)
+        assert one.finish == "length" and one.text is None and one.timing.prompt_tokens == 13
+
+
+def test_lengths_are_rounded_up_so_that_few_compile(model):
+    assert [bucket(n) for n in (1, 16, 17, 20, 21, 33, 64, 65, 100, 1000)] == [16, 16, 20, 20, 24, 40, 64, 80, 112, 1024]
+    prefill.clear_cache()
+    decode.clear_cache()
+    for prompt, new in ((3, 2), (5, 7), (16, 16)):
+        model.generate([np.arange(1, prompt + 1)], max_new_tokens=new, temperature=0)
+    assert prefill._cache_size() == decode._cache_size() == 1
+
+
+def test_session_reads_only_what_is_new(model):
+    session = model.session(max_new_tokens=4, temperature=0)
+    first = [3, 5, 7]
+    one = session.answer(first, 4)
+    assert session.reused == 0
+    second = [*first, *one.tokens.tolist(), 9, 9]
+    two = session.answer(second, 4)
+    assert session.reused == len(first) + 3 and two.timing.prompt_tokens == 3
+    assert two.tokens.tolist() == model.generate([second], max_new_tokens=4, temperature=0)[0].tolist()
+    other = session.answer([8, 8, 8, 8], 4)
+    assert session.reused == 0
+    assert other.tokens.tolist() == model.generate([[8, 8, 8, 8]], max_new_tokens=4, temperature=0)[0].tolist()
+    with pytest.raises(ValueError, match="38 tokens; 4 new ones do not fit"):
+        session.answer([1] * 38, 4)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +183,9 @@ def test_token_by_token_gives_the_same_tokens(model):
         ([[1]], {"temperature": 1.0, "top_k": -1}, "top_k=-1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("text", {}, "it has no tokenizer"),
-        ([[1], [2]], {"stream": print}, "stream needs a single prompt, got 2"),
+        ([[1], [2]], {"stream": print}, "stream needs a single prompt and sample, got 2"),
+        ([[1]], {"samples": 0}, "samples=0: expected a whole number >= 1"),
+        ([[1]], {"stop": ["a", ""]}, "expected strings that are not empty"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )

@@ -51,7 +51,7 @@ def init(config, key):
     return {"embed": {"w": jax.random.normal(key, (config.vocab_size, d))}, "layers": groups}
 
 
-def init_cache(config, batch, length, dtype):
+def init_cache(config, params, batch, length, dtype):
     d, count = config.d_model, config.mixers.count
     n = count("attention")
     kv = jnp.zeros((n, batch, length, 1, d), dtype)
@@ -71,12 +71,14 @@ def trunk(config, params, x, *, positions=None, cache=None, **unused):
         return x + jnp.tanh(y), state, {}
 
     def recur(p, x, state):
-        def step(h, u):
-            h = jax.nn.sigmoid(p["decay"]) * h + u
+        def step(h, inputs):
+            u, real = inputs
+            h = jnp.where(real[:, None], jax.nn.sigmoid(p["decay"]) * h + u, h)
             return h, h
 
         h0 = jnp.zeros_like(x[:, 0]) if state is None else state["h"]
-        h, ys = jax.lax.scan(step, h0, (x @ p["inp"]).swapaxes(0, 1))
+        real = jnp.ones(x.shape[:2], bool) if positions is None else positions >= 0  # padding leaves the state alone
+        h, ys = jax.lax.scan(step, h0, ((x @ p["inp"]).swapaxes(0, 1), real.swapaxes(0, 1)))
         return ys.swapaxes(0, 1) @ p["out"], None if state is None else {"h": h}
 
     def attend(p, x, state):

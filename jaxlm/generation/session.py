@@ -1,0 +1,67 @@
+"""A conversation whose cache is kept between turns, so that each turn reads only what is new."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.generation.generate import Generation, finish
+from jaxlm.generation.loop import Plan, State, bucket, extend, pad_rows, prefill
+
+
+class Session:
+    """Continues ever longer token sequences; what the cache already holds of one is not computed again.
+
+    make_plan(length) is the static plan for a cache of that many positions; its capacity is what one turn may draw.
+    """
+
+    def __init__(self, params: Any, make_plan: Callable[[int], Plan], context: int, seed: int = 0):
+        self.params, self.make_plan, self.context = params, make_plan, context
+        self.key = jax.random.key(seed)
+        self.plan: Plan | None = None
+        self.state: State | None = None
+        self.cached: list[int] = []  # the tokens in the cache
+        self.reused = 0  # of the last turn's tokens, how many the cache already had
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        limit: int,
+        *,
+        stop: Sequence[str] = (),
+        tokenizer: Any = None,
+        emit: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Continues the whole sequence so far; ValueError when that and `limit` new tokens outgrow the context."""
+        if len(ids) + limit > self.context:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens; {limit} new ones do not fit the model's context of {self.context}"
+            )
+        start = time.perf_counter()
+        plan, state = self._read(list(ids), limit)
+        state["step"].block_until_ready()
+        prompt = (len(ids) - self.reused, time.perf_counter() - start)
+        # Until the turn is over the cache is in motion: an interrupted turn must not leave a stale list behind.
+        self.cached = []
+        (made,), self.state = finish(
+            plan, self.params, state, limit=limit, stop=stop, tokenizer=tokenizer, emit=emit, prompt=prompt
+        )
+        # The last token drawn was never fed.
+        self.cached = [*ids, *np.asarray(self.state["out"])[0, : int(self.state["step"]) - 1].tolist()]
+        return made
+
+    def _read(self, ids: list[int], limit: int) -> tuple[Plan, State]:
+        """The state after reading `ids`: continued where the cache holds their beginning, else made anew."""
+        known = len(self.cached)
+        fits = self.plan is not None and bucket(len(ids) + limit) <= self.plan.length
+        if fits and known and known < len(ids) and ids[:known] == self.cached:
+            self.reused = known
+            tokens, lengths = pad_rows([np.array(ids[known:])], bucket(len(ids) - known), self.plan.pad)
+            return self.plan, extend(self.plan, self.params, self.state, tokens, lengths)
+        self.reused = 0
+        self.plan = self.make_plan(min(self.context, 2 * bucket(len(ids) + limit)))
+        tokens, lengths = pad_rows([np.array(ids)], min(bucket(len(ids)), self.plan.length), self.plan.pad)
+        self.key, key = jax.random.split(self.key)
+        return self.plan, prefill(self.plan, self.params, tokens, lengths, key)
