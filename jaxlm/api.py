@@ -34,12 +34,12 @@ def load(
 ) -> Model:
     """A model from a checkpoint directory (config.json and safetensors), a .gguf file, or "org/name" on the hub.
 
-    For the hub, where no directory has that name: revision, a branch, tag or commit; token, default HF_TOKEN; cache_dir,
-    default that of huggingface_hub; local_files_only=True makes no request. A path takes none of these.
+    For the hub, where no directory has that name: revision, a branch, tag or commit; token, default HF_TOKEN;
+    cache_dir, default huggingface_hub's; local_files_only=True makes no request. A path takes none of these.
     dtype: of the parameters and the computation; default the checkpoint's on an accelerator, float32 on a CPU. A field
     of config.json or a tensor that is unknown or missing is a ValueError naming it; ignore_fields names fields to pass
-    over. layers: "stacked" runs them in scans, "unrolled" one by one, "auto" unrolled on a single CPU device (stored
-    stacked all the same). attention names an implementation, default the best that can. progress is told (bytes done, bytes in all).
+    over. layers: "stacked" runs them in scans, "unrolled" one by one, "auto" unrolled on a single CPU device.
+    attention names an implementation, default the best that can. progress is told (bytes done, bytes in all).
     """
     inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
     inputs.choice("layers", layers, LAYERS)
@@ -91,7 +91,13 @@ def init(
     cast = lambda key: jax.tree.map(lambda a: a.astype(dtype), fam.backbone.init(made, key))
     params = jax.jit(cast)(jax.random.key(0) if key is None else key)
     return Model(
-        family=fam, config=made, weights=Weights(made, params), hf_config=hf, generation_config={}, runtime=Runtime(dtype=dtype), layers=layers
+        family=fam,
+        config=made,
+        weights=Weights(made, params),
+        hf_config=hf,
+        generation_config={},
+        runtime=Runtime(dtype=dtype),
+        layers=layers,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,7 +17,7 @@ def tokens(value: Any, config: Any) -> jax.Array:
         raise ValueError(f"tokens must be integers [B, T] with at least one token, got {array.dtype} {array.shape}")
     if array.shape[1] > config.max_context:
         raise ValueError(f"{array.shape[1]} tokens do not fit the model's context of {config.max_context}")
-    if not isinstance(array, jax.core.Tracer):
+    if not isinstance(array, Tracer):
         _check_vocabulary(np.asarray(array), config)
     return array.astype(jnp.int32)
 

@@ -17,7 +17,7 @@ from jaxlm.checkpoints.export import staged, write_checkpoint
 from jaxlm.checkpoints.load import Names, Progress, flatten, stored
 from jaxlm.checkpoints.manifest import Manifest
 from jaxlm.generation.config import GenerationSettings, settings
-from jaxlm.generation.generate import Generation, generate
+from jaxlm.generation.generate import generate
 from jaxlm.generation.loop import Plan, bucket
 from jaxlm.generation.session import Session
 from jaxlm.models.decoder import Runtime
@@ -153,7 +153,9 @@ class Model:
             into[: len(one.tokens)] = one.tokens
         return ids.reshape(len(rows), samples, -1) if samples > 1 else ids
 
-    def session(self, *, max_new_tokens: int = 512, seed: int = 0, ignore_fields: Sequence[str] = (), **options) -> Session:
+    def session(
+        self, *, max_new_tokens: int = 512, seed: int = 0, ignore_fields: Sequence[str] = (), **options
+    ) -> Session:
         """A conversation that keeps its cache between turns; options as `generate` has them for drawing."""
         inputs.positive("max_new_tokens", max_new_tokens)
         chosen = self._settings(options | {"max_new_tokens": max_new_tokens}, ignore_fields)
@@ -221,7 +223,9 @@ class Model:
         """The parameters in the form that runs fastest here (view.py)."""
         unroll = self.layers == "unrolled"
         if self.layers == "auto":
-            unroll = jax.default_backend() == "cpu" and self.weights.on_one_device and hasattr(self.family.backbone, "VIEW")
+            unroll = (
+                jax.default_backend() == "cpu" and self.weights.on_one_device and hasattr(self.family.backbone, "VIEW")
+            )
         return self.weights.unrolled if unroll else self.weights.stacked
 
     def _rows(self, prompts: Any, chat: Any) -> tuple[list[np.ndarray], bool]:

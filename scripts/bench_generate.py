@@ -97,7 +97,7 @@ def main() -> None:
     n_params = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     limit = bandwidth()
     rows = [measure(model, reference, b, args.prompt, args.new, args.repeats) for b in args.batches]
-    title = f"{args.prompt} prompt + {args.new} new tokens, float32, {jax.default_backend()}, {torch.get_num_threads()} threads"
+    title = f"{args.prompt} prompt + {args.new} new tokens, {jax.default_backend()}, {torch.get_num_threads()} threads"
     table = Table("batch", "", "jaxlm tokens/s", "torch tokens/s", "ratio", "of the memory limit", title=title)
     for row in rows:
         row["share"] = row["jaxlm_decode"] / row["batch"] * n_params * 4 / 1e9 / limit
@@ -108,7 +108,8 @@ def main() -> None:
             table.add_row(str(row["batch"]), phase, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}", share)
     console = Console()
     console.print(table)
-    console.print(f"a token reads {n_params * 4 / 1e9:.3f} GB and takes {2 * n_params / 1e9:.3f} GFLOP; a large read: {limit:.1f} GB/s")
+    size, work = n_params * 4 / 1e9, 2 * n_params / 1e9
+    console.print(f"a token reads {size:.3f} GB and takes {work:.3f} GFLOP; a large read: {limit:.1f} GB/s")
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"rows": rows, "parameters": n_params, "bandwidth_gb_s": limit}, file, indent=2)

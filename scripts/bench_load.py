@@ -57,7 +57,9 @@ def once(program: str, path: str, cache: str) -> dict:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "TQDM_DISABLE": "1",
     }
-    done = subprocess.run([sys.executable, "-c", program + REPORT, path], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program + REPORT, path], env=env, stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -67,7 +69,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    table = Table("checkpoint", "jaxlm s", "transformers s", "ratio", "jaxlm peak MB", "limit MB", title="load + one token")
+    table = Table(
+        "checkpoint", "jaxlm s", "transformers s", "ratio", "jaxlm peak MB", "limit MB", title="load + one token"
+    )
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         for path in args.sources:
@@ -76,8 +80,23 @@ def main() -> None:
             mine, other = (statistics.median(run["seconds"] for run in side) for side in zip(*pairs, strict=True))
             peak = statistics.median(run["peak"] for run, _ in pairs) / 1e6
             limit = 1.15 * pairs[0][0]["parameters"] / 1e6 + 150
-            rows.append({"source": os.path.basename(path), "jaxlm_s": mine, "transformers_s": other, "peak_mb": peak, "limit_mb": limit})
-            table.add_row(os.path.basename(path), f"{mine:.2f}", f"{other:.2f}", f"{mine / other:.2f}", f"{peak:.0f}", f"{limit:.0f}")
+            rows.append(
+                {
+                    "source": os.path.basename(path),
+                    "jaxlm_s": mine,
+                    "transformers_s": other,
+                    "peak_mb": peak,
+                    "limit_mb": limit,
+                }
+            )
+            table.add_row(
+                os.path.basename(path),
+                f"{mine:.2f}",
+                f"{other:.2f}",
+                f"{mine / other:.2f}",
+                f"{peak:.0f}",
+                f"{limit:.0f}",
+            )
     Console().print(table)
     if args.json:
         with open(args.json, "w") as file:

@@ -22,11 +22,11 @@ make_venv() {
   }
 }
 
-# pip_once DIRECTORY NAME ARGS...: `pip install ARGS`, unless the same was done before with this pyproject.toml.
+# pip_once DIRECTORY NAME ARGS...: `pip install ARGS`, unless the same was done before with these lists of packages.
 pip_once() {
   local venv=$1 name=$2 key
   shift 2
-  key="$* $(cksum <pyproject.toml)"
+  key="$* $(cat pyproject.toml tests/checkpoints.txt | cksum)"
   [ "$(cat "$venv/.installed-$name" 2>/dev/null)" = "$key" ] && return
   echo "installing $name into $venv (the first time takes minutes)" >&2
   "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "$@" || return

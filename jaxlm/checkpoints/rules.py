@@ -41,7 +41,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
-    """One stored tensor holds several leaves of one shape, told apart by an axis that the pattern brings to the front."""
+    """Several leaves of one shape in one tensor; the pattern brings the axis that tells them apart to the front."""
 
     hf: str
     paths: tuple[str, ...]

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: the file that holds it (relative to the checkpoint), its dtype (numpy or ml_dtypes) and shape."""
+    """One stored tensor: the file of the checkpoint that holds it, its dtype (numpy or ml_dtypes) and its shape."""
 
     file: str
     dtype: np.dtype
@@ -19,7 +19,8 @@ class TensorInfo:
 class Source(Protocol):
     """A checkpoint opened for reading; nothing but headers is in memory until `read`."""
 
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """The tensor, or a contiguous range of its first axis, freshly allocated (never a view of mapped pages)."""

@@ -156,9 +156,7 @@ def bucket(n: int) -> int:
     return max(16, -(-n // step) * step)
 
 
-def stream(
-    plan: Plan, params: Any, state: State, limit: int, on_token: Callable[[int], bool], ahead: int = 1
-) -> State:
+def stream(plan: Plan, params: Any, state: State, limit: int, on_token: Callable[[int], bool], ahead: int = 1) -> State:
     """Decodes the one row of `state` to `limit` tokens, telling on_token each; it returns False to stop.
 
     The next step is under way before a token is looked at, so that the device never waits for the host.

@@ -37,7 +37,8 @@ class Session:
         """Continues the whole sequence so far; ValueError when that and `limit` new tokens outgrow the context."""
         if len(ids) + limit > self.context:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens; {limit} new ones do not fit the model's context of {self.context}"
+                f"the conversation has {len(ids)} tokens; {limit} new ones do not fit the model's context of "
+                f"{self.context}"
             )
         start = time.perf_counter()
         plan, state = self._read(list(ids), limit)
@@ -55,13 +56,13 @@ class Session:
     def _read(self, ids: list[int], limit: int) -> tuple[Plan, State]:
         """The state after reading `ids`: continued where the cache holds their beginning, else made anew."""
         known = len(self.cached)
-        fits = self.plan is not None and bucket(len(ids) + limit) <= self.plan.length
-        if fits and known and known < len(ids) and ids[:known] == self.cached:
+        plan, state = self.plan, self.state
+        if plan and state and 0 < known < len(ids) and ids[:known] == self.cached and len(ids) + limit <= plan.length:
             self.reused = known
-            tokens, lengths = pad_rows([np.array(ids[known:])], bucket(len(ids) - known), self.plan.pad)
-            return self.plan, extend(self.plan, self.params, self.state, tokens, lengths)
+            tokens, lengths = pad_rows([np.array(ids[known:])], bucket(len(ids) - known), plan.pad)
+            return plan, extend(plan, self.params, state, tokens, lengths)
         self.reused = 0
-        self.plan = self.make_plan(min(self.context, 2 * bucket(len(ids) + limit)))
-        tokens, lengths = pad_rows([np.array(ids)], min(bucket(len(ids)), self.plan.length), self.plan.pad)
+        self.plan = plan = self.make_plan(min(self.context, 2 * bucket(len(ids) + limit)))
+        tokens, lengths = pad_rows([np.array(ids)], min(bucket(len(ids)), plan.length), plan.pad)
         self.key, key = jax.random.split(self.key)
-        return self.plan, prefill(self.plan, self.params, tokens, lengths, key)
+        return plan, prefill(plan, self.params, tokens, lengths, key)

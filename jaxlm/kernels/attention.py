@@ -5,6 +5,7 @@ Axes: B batch, T queries, S keys, N query heads, K key-value heads, G = N // K, 
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,12 @@ def attention(
     impl: str | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T N Dv"] | tuple[Float[Array, "B T N Dv"], Float[Array, "B T N"]]:
-    """softmax(scale * q k^T) v under a mask, [B, T, N, H] in q's dtype; with the log-sum-exp [B, T, N] float32 if asked.
+    """softmax(scale * q k^T) v under a mask, in q's dtype; and the log-sum-exp in float32, if asked.
 
-    q_pos [B, T] and k_pos [B, S] int32 are positions (default 0..T-1 and 0..S-1); a key at position -1 is an empty slot.
-    Segments [B, T], [B, S] int32 confine attention to equal numbers; k_valid [B, S] bool hides keys; bias broadcasts to
-    [B, N, T, S] float32; sinks [N] are extra logits without a value; dropout is (rate, key). A query that sees no key
-    returns zeros. impl names an implementation, which then runs or raises NotImplementedError; None takes the first that can.
+    q_pos and k_pos are positions, by default 0..T-1 and 0..S-1; a key at position -1 is an empty slot. Segments confine
+    attention to equal numbers; k_valid hides keys; sinks are extra logits without a value; dropout is (rate, key). A
+    query that sees no key returns zeros. impl names an implementation, which then runs or raises NotImplementedError;
+    None takes the first that can.
     """
     _check_shapes(q, k, v)
     named = {
@@ -95,8 +96,12 @@ def reference(
 
 def cudnn(q, k, v, mask, *, scale, return_lse=False, implementation="cudnn"):
     """cuDNN's fused attention, for the masks it computes exactly."""
-    causal, size = _as_causal_window(mask)
-    return jax.nn.dot_product_attention(
+    as_window = _as_causal_window(mask)
+    if as_window is None:
+        raise NotImplementedError(f"cuDNN has no exact form of {mask}")
+    causal, size = as_window
+    call: Any = jax.nn.dot_product_attention  # its overloads want literal flags
+    return call(
         q, k, v, scale=scale, is_causal=causal, local_window_size=size, implementation=implementation,
         return_residual=return_lse,
     )  # fmt: skip

@@ -6,9 +6,9 @@ arrays); and `mask.tile(q0, q1, k0, k1)`, is the tile [q0, q1) x [k0, k1) SKIP, 
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
-from jax.typing import ArrayLike
 
 SKIP, PARTIAL, FULL = 0, 1, 2
 
@@ -16,7 +16,7 @@ SKIP, PARTIAL, FULL = 0, 1, 2
 class Mask:
     """Base of all masks; subclasses are frozen dataclasses, so a mask is a static, hashable argument."""
 
-    def __call__(self, q, k) -> ArrayLike:
+    def __call__(self, q, k) -> Any:
         raise NotImplementedError
 
     def tile(self, q0: int, q1: int, k0: int, k1: int) -> int:

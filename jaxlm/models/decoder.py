@@ -15,14 +15,14 @@ from jax import Array
 
 from jaxlm.models import stack
 from jaxlm.models.config import DecoderConfig, Kind, groups, states
-from jaxlm.models.layers import Einsum, Embed, Norm, dropout
+from jaxlm.models.layers import Embed, Norm, dropout
 from jaxlm.models.mlp import Mlp
 from jaxlm.models.moe import Moe, load_balancing_loss
 from jaxlm.models.rope import table
 from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_state
 
 Params = dict[str, Any]
-Cache = dict[str, State]
+Cache = dict[str, Any]  # {state: State, its arrays stacked, or a tuple of them}
 TAPS = ("residual",)
 VIEW = True  # parameters may come unrolled (view.py)
 REMAT = {
@@ -68,15 +68,18 @@ class Block(nn.Module):
         x = add(x, norm("attn_post_norm", c.post_norm, y), keys[1])
         y, extra = norm("mlp_norm", c.pre_norm, x), {}
         if self.kind.mlp == "moe":
+            assert c.moe is not None
             y, extra = Moe(c.moe, c.d_model, c.init_std, name="mlp")(y, tokens.valid)
         else:
+            assert c.mlp is not None
             y = Mlp(c.mlp, c.d_model, c.init_std, name="mlp")(y)
         return add(x, norm("mlp_post_norm", c.post_norm, y), keys[2]), state, extra
 
 
 def init(config: DecoderConfig, key: Array) -> Params:
     """Fresh float32 parameters: normal(init_std) matrices, unit norms, zero biases."""
-    return nn.unbox(_boxed(config, key))
+    params: Any = nn.unbox(_boxed(config, key))
+    return params
 
 
 def logical_axes(config: DecoderConfig) -> Params:
@@ -144,7 +147,7 @@ def trunk(
     aux = {}
     if "residual" in taps:
         aux["residual"] = stack.collect(extras, "residual")
-    if config.moe is not None:
+    if any(kind.mlp == "moe" for kind in config.kinds):
         aux["router_loss"] = load_balancing_loss(
             *(stack.collect(extras, name) for name in ("router_picks", "router_probs", "router_tokens"))
         )
@@ -193,8 +196,8 @@ def init_cache(config: DecoderConfig, params: Params, batch: int, length: int, d
     empty = {name: empty_state(config, kinds[0], batch, length, dtype) for name, kinds in by_state.items()}
     if unrolled:
         return {name: (state,) * len(by_state[name]) for name, state in empty.items()}
-    stacked = lambda a, n: jnp.broadcast_to(a, (n, *a.shape))
-    return {name: jax.tree.map(lambda a, n=len(by_state[name]): stacked(a, n), s) for name, s in empty.items()}
+    stacked = lambda n: lambda a: jnp.broadcast_to(a, (n, *a.shape))
+    return {name: jax.tree.map(stacked(len(by_state[name])), state) for name, state in empty.items()}
 
 
 def layers(config: DecoderConfig) -> tuple[stack.Layer, ...]:
@@ -227,7 +230,7 @@ def _tokens(config, x, positions, segments, valid, cache, rope_len) -> Tokens:
 def _boxed(config: DecoderConfig, key: Array) -> Params:
     keys = dict(zip(("embed", "positions", "layers", "final_norm", "head"), jax.random.split(key, 5), strict=True))
     x, at = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
-    params = {
+    params: Any = {
         "embed": _vocabulary(config).init(keys["embed"], at)["params"],
         "layers": _boxed_layers(config, keys["layers"], x, at),
         "final_norm": _final_norm(config).init(keys["final_norm"], x)["params"],
@@ -243,16 +246,17 @@ def _boxed_layers(config: DecoderConfig, key: Array, x: Array, at: Array) -> Par
     tables = {kind.rope: table(kind.rope, at, 1) for kind in config.kinds if kind.rope is not None}
 
     def one(kind: Kind, key: Array) -> Params:
-        return Block(config, kind).init(key, x, Tokens(tables=tables), None, jnp.int32(0), None)["params"]
+        made: Any = Block(config, kind).init(key, x, Tokens(tables=tables), None, jnp.int32(0), None)
+        return made["params"]
 
     by_group: dict[str, list[Kind]] = {}
     for name, kind in zip(groups(config.kinds), config.kinds, strict=True):
         by_group.setdefault(name, []).append(kind)
-    made = {}
+    made: Any = {}
     for i, (name, kinds) in enumerate(by_group.items()):
         keys = jax.random.split(jax.random.fold_in(key, i), len(kinds))
         made[name] = jax.vmap(functools.partial(one, kinds[0]))(keys)
-    return made[""] if "" in made else made
+    return made.get("", made)
 
 
 def _stacks(config: DecoderConfig, params: Params) -> dict[str, Any]:
@@ -273,5 +277,5 @@ def _final_norm(config: DecoderConfig) -> Norm:
     return Norm(config.norm, (config.d_model,))
 
 
-def _apply(module: nn.Module, params: Params, *args, method: str | None = None):
+def _apply(module: nn.Module, params: Params, *args, method: str | None = None) -> Any:
     return module.apply({"params": params}, *args, method=method)

@@ -5,6 +5,7 @@ G = N // K, H head dim, F ffn, V vocab, L layers, E experts, M tokens of a batch
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +33,8 @@ class Leaf(nn.Module):
         quantized weights and local shards.
         """
         if self.is_initializing():
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+            made: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+            return made
         value = self.get_variable("params", name)
         if value is None:
             raise ValueError(f"parameter {'/'.join((*self.path, name))} is missing")

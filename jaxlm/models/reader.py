@@ -5,14 +5,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Keys that change nothing a checkpoint computes: provenance, defaults of generation, hints for other programs.
-INERT = frozenset(
-    """architectures auto_map transformers_version model_type torch_dtype dtype use_cache _name_or_path name_or_path
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id task_specific_params
-    return_dict output_hidden_states output_attentions torchscript _commit_hash _attn_implementation
-    attn_implementation _attn_implementation_autoset gradient_checkpointing id2label label2id problem_type
-    finetuning_task tokenizer_class prefix chunk_size_feed_forward is_encoder_decoder is_decoder
-    keys_to_ignore_at_inference cache_implementation hybrid_cache_max_batch unsloth_version unsloth_fixed""".split()
-)
+# fmt: off
+INERT = frozenset((
+    "architectures", "auto_map", "transformers_version", "model_type", "torch_dtype", "dtype", "use_cache",
+    "_name_or_path", "name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "decoder_start_token_id", "task_specific_params", "return_dict", "output_hidden_states", "output_attentions",
+    "torchscript", "_commit_hash", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
+    "gradient_checkpointing", "id2label", "label2id", "problem_type", "finetuning_task", "tokenizer_class", "prefix",
+    "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "keys_to_ignore_at_inference",
+    "cache_implementation", "hybrid_cache_max_batch", "unsloth_version", "unsloth_fixed",
+))
+# fmt: on
+
 
 _REQUIRED = object()
 

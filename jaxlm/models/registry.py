@@ -62,4 +62,4 @@ def family(model_type: str) -> Family:
         name: getattr(module, name.upper()) for name in ("base", "buffers", "gguf") if hasattr(module, name.upper())
     }
     backbone = getattr(module, "BACKBONE", decoder)
-    return Family(model_type, module.__doc__.split("\n")[0], module.config, module.rules, backbone, **given)
+    return Family(model_type, (module.__doc__ or "").split("\n")[0], module.config, module.rules, backbone, **given)

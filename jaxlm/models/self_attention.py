@@ -1,6 +1,7 @@
 """Grouped-query self-attention with an explicit cache: the mixer of most decoders."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -51,9 +52,10 @@ class SelfAttention(nn.Module):
         if a.divide_by_depth:
             q = q / (depth + 1).astype(q.dtype)
         keys, state = self._remember(k, v, tokens, state)
-        y = attention(
+        y: Any = attention(
             q,
-            *keys.pop("kv"),
+            keys.pop("k"),
+            keys.pop("v"),
             CAUSAL if self.kind.window is None else window(self.kind.window),
             q_segments=tokens.segments,
             k_segments=tokens.segments,
@@ -77,15 +79,16 @@ class SelfAttention(nn.Module):
         """The keys that these queries look at, and the cache after them."""
         pos = tokens.positions
         if state is None:
-            return {"kv": (k, v), "q_pos": pos, "k_pos": pos}, None
+            return {"k": k, "v": v, "q_pos": pos, "k_pos": pos}, None
+        assert pos is not None  # `trunk` asks for positions with a cache
         new = write(state, k, v, pos)
         slots = state["k"].shape[1]
         # A ring no longer holds what the first of several new queries must see, so they look at the old ring and
         # the new keys side by side. One query's window is in the ring, and a full-length cache holds everything.
         if k.shape[1] == 1 or self.kind.window is None or slots < self.kind.window:
-            return {"kv": (new["k"], new["v"]), "q_pos": pos, "k_pos": new["pos"]}, new
+            return {"k": new["k"], "v": new["v"], "q_pos": pos, "k_pos": new["pos"]}, new
         beside = lambda name, fresh: jnp.concatenate([state[name], fresh], axis=1)
-        return {"kv": (beside("k", k), beside("v", v)), "q_pos": pos, "k_pos": beside("pos", pos)}, new
+        return {"k": beside("k", k), "v": beside("v", v), "q_pos": pos, "k_pos": beside("pos", pos)}, new
 
 
 def empty_state(config: DecoderConfig, kind: Kind, batch: int, length: int, dtype) -> State:

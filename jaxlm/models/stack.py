@@ -107,11 +107,11 @@ def _period_step(block, period, params, group0, state0, depth0):
     return step
 
 
-def collect(extras: Sequence[Extra], name: str) -> jax.Array | None:
-    """The value `name` of every layer that returned it, stacked [layers, ...] in depth order; None if no layer did."""
+def collect(extras: Sequence[Extra], name: str) -> jax.Array:
+    """The value `name` of every layer that returned it, stacked [layers, ...] in depth order; KeyError if none did."""
     have = [e for e in extras if name in e.values]
     if not have:
-        return None
+        raise KeyError(f"no layer returned {name!r}")
     depths = np.concatenate([e.depths for e in have])
     values = jnp.concatenate([e.values[name] for e in have])
     order = np.argsort(depths)

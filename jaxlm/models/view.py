@@ -47,7 +47,9 @@ def _unrolled(stack: Tree) -> tuple[Tree, ...]:
                 for layer, *pieces in zip(layers, *arrays, strict=True):
                     # Features of one product lie side by side: heads for q, k, v; the last axis for gate and up.
                     axis = -2 if joined == "qkv" else -1
-                    layer.setdefault(name, {}).setdefault(joined, {})[leaf] = jax.device_put(np.concatenate(pieces, axis))
+                    layer.setdefault(name, {}).setdefault(joined, {})[leaf] = jax.device_put(
+                        np.concatenate(pieces, axis)
+                    )
         for layer, values in zip(layers, _each(part, depth), strict=True):
             layer[name] = layer.get(name, {}) | values
     return tuple(layers)
@@ -70,8 +72,12 @@ def _stacked(config: DecoderConfig, layers: list[Tree]) -> Tree:
             axis = -2 if joined == "qkv" else -1
             for leaf in list(parts[0][joined]):
                 whole = np.stack([part[joined].pop(leaf) for part in parts])
-                for member, piece in zip(members, np.split(whole, _cuts(config, joined, whole.shape[-1]), axis), strict=True):
-                    stack.setdefault(name, {}).setdefault(member, {})[leaf] = jax.device_put(np.ascontiguousarray(piece))
+                for member, piece in zip(
+                    members, np.split(whole, _cuts(config, joined, whole.shape[-1]), axis), strict=True
+                ):
+                    stack.setdefault(name, {}).setdefault(member, {})[leaf] = jax.device_put(
+                        np.ascontiguousarray(piece)
+                    )
             parts = [{k: v for k, v in part.items() if k != joined} for part in parts]
         stack[name] = stack.get(name, {}) | jax.tree.map(lambda *a: jax.device_put(np.stack(a)), *parts)
     return stack

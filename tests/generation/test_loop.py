@@ -97,7 +97,9 @@ def test_layers_run_either_way(layers):
     model = jaxlm.init(WINDOWED, key=jax.random.key(3), layers=layers)
     before = jax.tree.map(np.array, model.params)
     got = model.generate(PROMPTS, max_new_tokens=5, temperature=0)
-    other = jaxlm.init(WINDOWED, key=jax.random.key(3), layers="auto").generate(PROMPTS, max_new_tokens=5, temperature=0)
+    other = jaxlm.init(WINDOWED, key=jax.random.key(3), layers="auto").generate(
+        PROMPTS, max_new_tokens=5, temperature=0
+    )
     assert got.tolist() == other.tolist()
     jax.tree.map(np.testing.assert_array_equal, before, model.params)
 
@@ -143,7 +145,18 @@ def test_log_probabilities_are_those_of_the_whole_sequence(model):
 
 
 def test_lengths_are_rounded_up_so_that_few_compile(model):
-    assert [bucket(n) for n in (1, 16, 17, 20, 21, 33, 64, 65, 100, 1000)] == [16, 16, 20, 20, 24, 40, 64, 80, 112, 1024]
+    assert [bucket(n) for n in (1, 16, 17, 20, 21, 33, 64, 65, 100, 1000)] == [
+        16,
+        16,
+        20,
+        20,
+        24,
+        40,
+        64,
+        80,
+        112,
+        1024,
+    ]
     prefill.clear_cache()
     decode.clear_cache()
     for prompt, new in ((3, 2), (5, 7), (16, 16)):

@@ -57,7 +57,8 @@ def test_run_is_the_loop_over_layers(text, remat):
     assert float(x) == want_x
     assert all(np.array_equal(got[g], want[g]) for g in want)
     assert np.array_equal(stack.collect(extras, "stream"), stream) and len(stream) == count
-    assert stack.collect(extras, "other") is None
+    with pytest.raises(KeyError, match="no layer returned 'other'"):
+        stack.collect(extras, "other")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def config(r: Reader) -> DecoderConfig:
 
 
 def base(
-    r: Reader, *, attention: AttentionConfig, mlp: MlpConfig, rope: Rope, windows=(), tie: bool = False, **more
+    r: Reader, *, attention: AttentionConfig, mlp: MlpConfig | None, rope: Rope, windows=(), tie: bool = False, **more
 ) -> DecoderConfig:
     """The fields that every relative spells alike; `tie` is the default for files that do not write it."""
     n_layers = r["num_hidden_layers"]
