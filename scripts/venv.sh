@@ -3,13 +3,13 @@
 # python_at_least 3 11: the first interpreter that really runs (a version manager's stub may not) and is new enough.
 python_at_least() {
   local candidate
-  for candidate in "${PYTHON:-python3}" python3 python3.11 python3.12 python3.13 python3.14; do
+  for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
     if "$candidate" -c "import sys; sys.exit(sys.version_info < ($1, $2))" 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "error: no Python $1.$2 or newer found; install one, or name it: PYTHON=/path/to/python3" >&2
+  echo "error: this needs Python $1.$2 or newer${PYTHON:+, which $PYTHON is not}; name one: PYTHON=/path/to/python3" >&2
   return 1
 }
 
