@@ -10,6 +10,7 @@ from jaxlm import inputs
 from jaxlm.checkpoints import files
 from jaxlm.checkpoints.load import Progress, flatten, unflatten
 from jaxlm.checkpoints.load import load as load_arrays
+from jaxlm.kernels.attention import IMPLS
 from jaxlm.model import LAYERS, Model, tensor_names
 from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family, family
@@ -43,6 +44,7 @@ def load(
     """
     inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
     inputs.choice("layers", layers, LAYERS)
+    inputs.choice("attention", attention, (None, *IMPLS))
     opened = open_checkpoint(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )

@@ -1,5 +1,6 @@
 """What the public functions accept: checked here, once, with an error that names the value and what was expected."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -8,14 +9,15 @@ import numpy as np
 from jax.core import Tracer
 
 DTYPES = ("float32", "bfloat16", "float16")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def tokens(value: Any, config: Any) -> jax.Array:
-    """int32 [B, T] within the vocabulary and the context."""
+def tokens(value: Any, config: Any, *, predicted: int = 0) -> jax.Array:
+    """int32 [B, T] within the vocabulary and the context; the last `predicted` ones need no place in the context."""
     array = jnp.asarray(value)
     if array.ndim != 2 or 0 in array.shape or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [B, T] with at least one token, got {array.dtype} {array.shape}")
-    if array.shape[1] > config.max_context:
+    if array.shape[1] - predicted > config.max_context:
         raise ValueError(f"{array.shape[1]} tokens do not fit the model's context of {config.max_context}")
     if not isinstance(array, Tracer):
         _check_vocabulary(np.asarray(array), config)
@@ -46,8 +48,13 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not supported; supported: {', '.join(map(str, allowed))}")
 
 
+def whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}={value!r}: expected a whole number")
+
+
 def positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import inputs
+from jaxlm import inputs, scoring
 from jaxlm.checkpoints import files
 from jaxlm.checkpoints.export import staged, write_checkpoint
 from jaxlm.checkpoints.load import Names, Progress, flatten, stored
@@ -24,16 +24,16 @@ from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family
 from jaxlm.models.view import Weights
 from jaxlm.opening import Opened
+from jaxlm.resize import resize_embeddings
 
 OUTPUTS = ("logits", "hidden", "all_hidden", "embeddings")
 POOLINGS = ("mean", "last", "first")
 LAYERS = ("auto", "stacked", "unrolled")
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Model:
-    """A family's pure functions with one set of parameters. Fields may be replaced; nothing is cached from them."""
+    """A family's pure functions with one set of parameters."""
 
     family: Family
     config: Any
@@ -53,6 +53,10 @@ class Model:
     @params.setter
     def params(self, params: dict[str, Any]) -> None:
         self.weights = Weights(self.config, params)
+
+    def with_params(self, params: dict[str, Any]) -> "Model":
+        """The same model with other parameters, of the same shapes."""
+        return dataclasses.replace(self, weights=Weights(self.config, params))
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -79,10 +83,13 @@ class Model:
         """
         inputs.choice("output", output, OUTPUTS)
         inputs.choice("pooling", pooling, POOLINGS)
+        if rope_len is not None:
+            inputs.positive("rope_len", rope_len)
         tokens = inputs.tokens(tokens, self.config)
         valid = None if attention_mask is None else inputs.mask(attention_mask, tokens.shape)
         output = f"{output}:{pooling}" if output == "embeddings" else output
-        params = self._running_params()
+        # A conversion for one call would not pay: "auto" takes the form at hand, stacked until something was generated.
+        params = self.weights.current if self.layers == "auto" else self.running_params()
         return _forward(self.family.backbone, self.config, self.runtime, output, rope_len, params, tokens, valid)
 
     def generate(
@@ -123,9 +130,12 @@ class Model:
             "eos_token_id": eos if eos is None or isinstance(eos, int) else list(eos),
         }
         inputs.positive("samples", samples)
+        inputs.whole("seed", seed)
         stops = _stops(stop)
         chosen = self._settings(options, ignore_fields)
         rows, as_text = self._rows(prompts, chat)
+        if beyond := [token for token in chosen.eos if token >= self.config.vocab_size]:
+            raise ValueError(f"eos token {beyond[0]} is outside the vocabulary 0..{self.config.vocab_size - 1}")
         if stream is not None and len(rows) * samples != 1:
             raise ValueError(f"stream needs a single prompt and sample, got {len(rows)} and {samples}")
         longest = max(map(len, rows))
@@ -135,7 +145,7 @@ class Model:
             raise ValueError(f"{longest} prompt tokens and {new} new ones do not fit the model's context of {limit}")
         made = generate(
             self._plan(chosen, bucket(longest) + bucket(new), new, longest + new, details),
-            self._running_params(),
+            self.running_params(),
             rows,
             limit=new,
             seed=seed,
@@ -160,7 +170,28 @@ class Model:
         inputs.positive("max_new_tokens", max_new_tokens)
         chosen = self._settings(options | {"max_new_tokens": max_new_tokens}, ignore_fields)
         plan = lambda length: self._plan(chosen, length, max_new_tokens, length, True)
-        return Session(self._running_params(), plan, self.config.max_context, seed)
+        return Session(self.running_params, plan, max_new_tokens, self.config.max_context, seed)
+
+    def logprobs(self, tokens: Any, attention_mask: Any = None) -> jax.Array:
+        """tokens [B, T] int -> float32 [B, T-1], each token's log-probability after those before it; 0 at padding."""
+        return scoring.token_logprobs(self, tokens, attention_mask)
+
+    def perplexity(
+        self,
+        text_or_ids: Any,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        progress: Progress | None = None,
+    ) -> scoring.Perplexity:
+        """Of one text of any length, in overlapping windows (`jaxlm.scoring.perplexity`)."""
+        return scoring.perplexity(self, text_or_ids, window=window, stride=stride, progress=progress)
+
+    def resize_embeddings(
+        self, n: int, *, multiple_of: int = 1, key: jax.Array | None = None, force: bool = False
+    ) -> None:
+        """A vocabulary of n tokens, rounded up to a multiple; new rows are the mean (`jaxlm.resize`)."""
+        resize_embeddings(self, n, multiple_of=multiple_of, key=key, force=force)
 
     def save(
         self,
@@ -200,7 +231,7 @@ class Model:
 
     def _settings(self, options: Mapping[str, Any], ignore_fields: Sequence[str]) -> GenerationSettings:
         """Without a generation_config.json the special tokens are those of config.json, as transformers has it."""
-        special = {k: self.hf_config[k] for k in SPECIAL_TOKENS if self.hf_config.get(k) is not None}
+        special = {k: self.hf_config[k] for k in inputs.SPECIAL_TOKENS if self.hf_config.get(k) is not None}
         return settings(special | self.generation_config, options, ignore_fields)
 
     def _plan(self, chosen: GenerationSettings, length: int, new: int, rope_len: int, logprobs: bool) -> Plan:
@@ -219,7 +250,7 @@ class Model:
             logprobs=logprobs,
         )
 
-    def _running_params(self) -> dict[str, Any]:
+    def running_params(self) -> dict[str, Any]:
         """The parameters in the form that runs fastest here (view.py)."""
         unroll = self.layers == "unrolled"
         if self.layers == "auto":

@@ -1,12 +1,14 @@
 """What README.md says can be run, and its table of families is complete."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from jaxlm.cli.main import COMMANDS
-from jaxlm.models import registry
+from jaxlm.cli.families import RESULTS
+from jaxlm.cli.families import rows as families
+from jaxlm.cli.main import COMMANDS, main
 from tests.models.cases import CASES
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -33,13 +35,18 @@ def test_the_example_runs(smollm2_gguf, tmp_path, monkeypatch, capsys):
 
 
 def test_the_commands_are_those_there_are():
-    assert [row[0].split()[1] for row in rows("On the command line")[2:]] == list(COMMANDS)
+    assert [row[0].strip("`").split()[1] for row in rows("On the command line")[2:]] == list(COMMANDS)
 
 
-def test_every_family_has_its_row():
-    table = {row[0]: row[1:] for row in rows("Families")[2:]}
-    families = [name for name in registry.names() if not name.startswith("toy")]  # the tests add one of their own
-    assert list(table) == families
-    for name, (logits, export, gguf) in table.items():
-        assert logits == export == "yes" and name in {case.id.split("-")[0] for case in CASES}
-        assert (gguf == "yes") == bool(registry.family(name).gguf), name
+def test_the_families_are_what_the_command_prints(capsys):
+    """After a change: jaxlm families --markdown"""
+    main(["families", "--markdown"])
+    table = [line for line in README.split("\n## Families\n")[1].splitlines() if line.startswith("|")]
+    assert table == capsys.readouterr().out.splitlines()
+
+
+def test_every_family_was_compared():
+    """Results are recorded by JAXLM_WRITE_RESULTS=1, for every family and every case of this day."""
+    assert json.loads(RESULTS.read_text()).keys() == {case.id for case in CASES}
+    for row in families(RESULTS):
+        assert row.logits is not None and row.logits <= 1e-5 and row.export, row

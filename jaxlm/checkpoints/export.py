@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.checkpoints import files
 from jaxlm.checkpoints.manifest import Manifest
 from jaxlm.checkpoints.safetensors import INDEX, SINGLE, write_file
 from jaxlm.checkpoints.safetensors_header import parse_header
@@ -159,11 +160,16 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
+# What belongs to the model that is being replaced: next to another model's weights it would be read as theirs.
+_OF_A_MODEL = (files.CONFIG, files.GENERATION, *files.TOKENIZER)
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt")
+
+
 def _carry_over(old: Path, new: Path, top: bool = True) -> None:
-    """Gives `new` the files of `old` that it lacks, weights excepted; hard links where possible."""
+    """Gives `new` the files of `old` that it lacks, those of the old model excepted; hard links where possible."""
     for entry in _entries(old):
         path = new / entry.name
-        if top and entry.name.endswith((".safetensors", ".safetensors.index.json")):
+        if top and (entry.name in _OF_A_MODEL or entry.name.endswith(_WEIGHTS)):
             continue
         if entry.is_dir(follow_symlinks=False):
             if os.path.ismount(entry.path):  # removing the old directory would empty what is mounted

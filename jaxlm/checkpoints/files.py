@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxlm.checkpoints.safetensors_header import parse_json
+
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER = (
     "tokenizer.json",
@@ -23,12 +25,10 @@ TOKENIZER = (
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; anything else is a ValueError naming the file and place."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    problems: list[str] = []
+    value = parse_json(path.read_bytes(), str(path), problems)
+    if problems or value is None:
+        raise ValueError("; ".join(problems))
     return value
 
 

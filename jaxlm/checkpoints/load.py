@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoints.manifest import Manifest
-from jaxlm.checkpoints.rules import Alias, AnyRule, Binding, Shape, bind, matches
+from jaxlm.checkpoints.rules import Alias, AnyRule, Binding, Shape, bind
 from jaxlm.checkpoints.source import Source
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 FLOATS = ("float32", "float16", "bfloat16")
+_BLOCK = 16 << 20  # bytes read at a time where two tensors are compared
 
 
 class Names:
@@ -32,6 +33,7 @@ class Names:
         headless = bool(have) and not any(name.startswith(base) for name in have)
         self.stored = (lambda name: name.removeprefix(base)) if headless else (lambda name: name)
         self.bindings = {self.stored(name): b for name, b in bind(rules, leaves, groups).items()}
+        self.depth = len(groups)
         aliases = [rule for rule in rules if isinstance(rule, Alias)]
         self.aliases = {self.stored(rule.hf): self.stored(rule.of) for rule in aliases}
 
@@ -52,20 +54,21 @@ def load(
     templates of stored tensors that are no parameters. Missing, unexpected and mis-shaped tensors, or a tied duplicate
     that differs, are one ValueError naming them all.
     """
-    kept = [name for name in source.tensors if any(matches(names.stored(t), name) for t in buffers)]
+    derived = {names.stored(t.format(layer=layer)) for t in buffers for layer in range(names.depth)}
+    kept = [name for name in source.tensors if name in derived]
     copies = {name: of for name, of in names.aliases.items() if name in source.tensors}
-    _check(source, names.bindings, {*kept, *copies}, where)
+    _check(source, names.bindings, kept, copies, where)
     arrays: dict[str, jax.Array] = {}
     dtypes = dict.fromkeys(leaves, dtype) if dtype else _stored_dtypes(source, names.bindings)
     done, total = 0, sum(_nbytes(source, name) for name in names.bindings)
     for name, binding in names.bindings.items():
-        _fill(arrays, binding, source.read(name), leaves, dtypes)
+        raw = source.read(name)
+        if dtype == "float16":
+            _narrowed(raw, np.dtype(np.float16), name)
+        _fill(arrays, binding, raw, leaves, dtypes)
         done += _nbytes(source, name)
         if progress:
             progress(done, total)
-    for name, of in copies.items():
-        if not np.array_equal(_bits(source.read(name)), _bits(source.read(of))):
-            raise ValueError(f"{where}: config.json ties {name} to {of}, but the stored tensors differ")
     manifest = Manifest(
         files=getattr(source, "headers", {}),
         tensors=dict(source.tensors),
@@ -93,9 +96,20 @@ def stored(
     def read(name: str) -> np.ndarray:
         binding = names.bindings[name]
         parts = [np.asarray(arrays[path][binding.index]) for path in binding.paths]
-        return binding.rule.join(parts).astype(specs[name][0], copy=False)
+        return _narrowed(binding.rule.join(parts), specs[name][0], name)
 
     return specs, read
+
+
+def _narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """x in this dtype; a finite number that float16 cannot hold is a ValueError."""
+    if dtype == np.float16 and x.dtype != dtype:
+        with np.errstate(over="ignore"):
+            narrow = x.astype(dtype)
+        if np.isinf(narrow).sum() > np.isinf(x).sum():
+            raise ValueError(f"{name} has numbers beyond float16's 65504; use bfloat16 or float32")
+        return narrow
+    return x.astype(dtype, copy=False)
 
 
 def _fill(arrays, binding: Binding, raw: np.ndarray, leaves, dtypes) -> None:
@@ -128,7 +142,9 @@ def _place(stacks, raw, index, rule, shapes: tuple[Shape, ...]):
     return tuple(map(put, stacks, rule.split(raw, shapes)))
 
 
-def _check(source: Source, bindings: Mapping[str, Binding], known: set[str], where: str) -> None:
+def _check(
+    source: Source, bindings: Mapping[str, Binding], kept: Sequence[str], copies: Mapping[str, str], where: str
+) -> None:
     missing = [
         f"  missing {name}, expected {list(b.stored_shape)}"
         for name, b in bindings.items()
@@ -137,7 +153,7 @@ def _check(source: Source, bindings: Mapping[str, Binding], known: set[str], whe
     unexpected = [
         f"  unexpected {name} {list(info.shape)} in {info.file}"
         for name, info in source.tensors.items()
-        if name not in bindings and name not in known
+        if name not in bindings and name not in kept and name not in copies
     ]
     wrong = []
     for name, binding in bindings.items():
@@ -146,6 +162,11 @@ def _check(source: Source, bindings: Mapping[str, Binding], known: set[str], whe
             wrong.append(f"  {name} in {info.file} has shape {list(info.shape)}, expected {list(binding.stored_shape)}")
         elif info and info.dtype.name not in FLOATS:
             wrong.append(f"  {name} in {info.file} is {info.dtype.name}, expected one of {', '.join(FLOATS)}")
+    wrong += [
+        f"  {name} differs from {of}, to which config.json ties it"
+        for name, of in copies.items()
+        if of in source.tensors and not _equal(source, name, of)
+    ]
     problems = [*_few(missing), *_few(unexpected), *_few(wrong)]
     if problems:
         count = len(missing) + len(unexpected) + len(wrong)
@@ -170,8 +191,14 @@ def _nbytes(source: Source, name: str) -> int:
     return info.dtype.itemsize * int(np.prod(info.shape))
 
 
-def _bits(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1).view(np.uint8)
+def _equal(source: Source, a: str, b: str) -> bool:
+    """Whether two tensors are the same, bit for bit, a few rows at a time."""
+    first, second = source.tensors[a], source.tensors[b]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    step = max(1, _BLOCK // max(1, _nbytes(source, a) // max(1, first.shape[0])))
+    blocks = (slice(i, min(i + step, first.shape[0])) for i in range(0, first.shape[0], step))
+    return all(source.read(a, rows).tobytes() == source.read(b, rows).tobytes() for rows in blocks)
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:

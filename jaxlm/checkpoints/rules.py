@@ -137,11 +137,6 @@ def bind(rules: Sequence[AnyRule], leaves: Mapping[str, Shape], groups: Sequence
     return bindings
 
 
-def matches(template: str, name: str) -> bool:
-    """Whether a name is the template with numbers for its placeholders."""
-    return _regex(template).fullmatch(name) is not None
-
-
 def _expand(rule, leaves, groups):
     if "{layer}" not in rule.hf:
         yield from _expand_experts(rule, rule.paths, (), {}, leaves)
@@ -171,11 +166,6 @@ def _in_group(path: str, group: str) -> str:
     if not path.startswith("layers/"):
         raise ValueError(f"a rule with {{layer}} must fill a path under layers/, got {path}")
     return path.replace("layers/", f"layers/{group}/", 1) if group else path
-
-
-@functools.cache
-def _regex(template: str) -> re.Pattern:
-    return re.compile(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(template)))
 
 
 @functools.cache

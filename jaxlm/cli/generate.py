@@ -1,10 +1,9 @@
 """`jaxlm generate`: text from a prompt, streamed."""
 
 import sys
-import time
 from typing import Annotated
 
-from jaxlm.cli.console import Dtype, IgnoreFields, IgnoreGenerationFields, Option, Source, err, load, out
+from jaxlm.cli.console import Dtype, IgnoreFields, IgnoreGenerationFields, Option, Source, err, load, out, rates
 
 
 def generate(
@@ -20,6 +19,8 @@ def generate(
     top_p: Annotated[float | None, Option(metavar="P", help="draw from the likeliest tokens that sum to P")] = None,
     min_p: Annotated[float | None, Option(metavar="P", help="drop tokens below P times the likeliest one")] = None,
     repetition_penalty: Annotated[float | None, Option(metavar="R", help="above 1 disfavours tokens seen")] = None,
+    stop: Annotated[tuple[str, ...], Option(metavar="TEXT", help="end before this text; may be given again")] = (),
+    samples: Annotated[int, Option(metavar="N", help="continuations to draw; several are not streamed")] = 1,
     seed: Annotated[int, Option(metavar="N", help="of the random draws")] = 0,
     dtype: Annotated[Dtype, Option(metavar="DTYPE", help="to compute in: float32, bfloat16 or float16")] = None,
     ignore_fields: IgnoreFields = (),
@@ -40,15 +41,11 @@ def generate(
     messages.append({"role": "user", "content": text})
     model = load(source, dtype, ignore_fields)
 
-    start = time.perf_counter()
-    arrivals: list[float] = []
-
     def write(piece: str) -> None:
-        arrivals.append(time.perf_counter())
         out.file.write(piece)
         out.file.flush()
 
-    answer = model.generate(
+    made = model.generate(
         None if chat else text,
         chat=messages if chat else None,
         max_new_tokens=max_new_tokens,
@@ -57,15 +54,22 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        stop=stop,
+        samples=samples,
         seed=seed,
-        stream=write,
+        stream=write if samples == 1 else None,
+        details=True,
         ignore_fields=ignore_generation_fields,
     )
-    end = time.perf_counter()
-    out.file.write("\n")
-    n_tokens = len(model.tokenizer.encode(answer, add_special_tokens=False))
-    # Both of the first two tokens wait for a compilation, of the prompt's program and of the next tokens'.
-    steady = arrivals[-1] - arrivals[1] if len(arrivals) > 2 else 0
-    rate = f"; {(n_tokens - 2) / steady:.1f} tokens/s once compiled" if steady > 0 else ""
-    err.print(f"{n_tokens} tokens in {end - start:.1f} s{rate}", style="dim", highlight=False, soft_wrap=True)
+    if samples == 1:
+        out.file.write("\n")
+        err.print(rates(made), style="dim", highlight=False, soft_wrap=True)
+        return 0
+    for i, one in enumerate(made, 1):
+        err.print(f"--- {i} of {samples}: {len(one.tokens)} tokens", style="dim", highlight=False, soft_wrap=True)
+        err.file.flush()
+        write(one.text + "\n")
+    timing = made[0].timing
+    speed = f"{timing.new_tokens} new tokens at {timing.decode_rate:.1f}/s, over all samples"
+    err.print(speed, style="dim", highlight=False, soft_wrap=True)
     return 0

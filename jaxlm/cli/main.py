@@ -10,8 +10,11 @@ import jaxlm
 COMMANDS = {
     "info": "what a checkpoint holds: architecture, parameters, context length, tokenizer",
     "generate": "continue a prompt, or answer it as a chat, and stream the text",
+    "chat": "talk with a model, with its template and a cache kept between turns",
+    "eval": "perplexity of a text file, or tasks of lm-evaluation-harness",
     "convert": "write a checkpoint as Hugging Face safetensors, also from GGUF",
     "verify": "compare a checkpoint's logits and greedy text with transformers (needs torch)",
+    "families": "the architectures there are, and how near each is to transformers",
 }
 # What bad input raises; anything else is a mistake of ours, and its traceback is wanted.
 BAD_INPUT = (ValueError, OSError, NotImplementedError)

@@ -62,7 +62,7 @@ def generate(
 
     emit gets the text of a single continuation as it appears; stop strings and emit need the tokenizer.
     """
-    tokens, lengths = pad_rows(rows, min(bucket(max(map(len, rows))), plan.length), plan.pad)
+    tokens, lengths = pad_rows(rows, min(bucket(max(map(len, rows))), plan.length, plan.config.max_context), plan.pad)
     start = time.perf_counter()
     state = prefill(plan, params, tokens, lengths, jax.random.key(seed), samples)
     state["step"].block_until_ready()

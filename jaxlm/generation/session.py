@@ -14,11 +14,14 @@ from jaxlm.generation.loop import Plan, State, bucket, extend, pad_rows, prefill
 class Session:
     """Continues ever longer token sequences; what the cache already holds of one is not computed again.
 
-    make_plan(length) is the static plan for a cache of that many positions; its capacity is what one turn may draw.
+    params() gives the model's present parameters. make_plan(length) is the static plan for a cache of that many
+    positions; `room` is how many tokens one turn may draw.
     """
 
-    def __init__(self, params: Any, make_plan: Callable[[int], Plan], context: int, seed: int = 0):
-        self.params, self.make_plan, self.context = params, make_plan, context
+    def __init__(
+        self, params: Callable[[], Any], make_plan: Callable[[int], Plan], room: int, context: int, seed: int = 0
+    ):
+        self.params, self.make_plan, self.room, self.context = params, make_plan, room, context
         self.key = jax.random.key(seed)
         self.plan: Plan | None = None
         self.state: State | None = None
@@ -35,6 +38,8 @@ class Session:
         emit: Callable[[str], None] | None = None,
     ) -> Generation:
         """Continues the whole sequence so far; ValueError when that and `limit` new tokens outgrow the context."""
+        if not 1 <= limit <= self.room:
+            raise ValueError(f"limit={limit}: this session draws 1 to {self.room} tokens a turn (its max_new_tokens)")
         if len(ids) + limit > self.context:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens; {limit} new ones do not fit the model's context of "
@@ -47,7 +52,7 @@ class Session:
         # Until the turn is over the cache is in motion: an interrupted turn must not leave a stale list behind.
         self.cached = []
         (made,), self.state = finish(
-            plan, self.params, state, limit=limit, stop=stop, tokenizer=tokenizer, emit=emit, prompt=prompt
+            plan, self.params(), state, limit=limit, stop=stop, tokenizer=tokenizer, emit=emit, prompt=prompt
         )
         # The last token drawn was never fed.
         self.cached = [*ids, *np.asarray(self.state["out"])[0, : int(self.state["step"]) - 1].tolist()]
@@ -59,10 +64,10 @@ class Session:
         plan, state = self.plan, self.state
         if plan and state and 0 < known < len(ids) and ids[:known] == self.cached and len(ids) + limit <= plan.length:
             self.reused = known
-            tokens, lengths = pad_rows([np.array(ids[known:])], bucket(len(ids) - known), plan.pad)
-            return plan, extend(plan, self.params, state, tokens, lengths)
+            tokens, lengths = pad_rows([np.array(ids[known:])], min(bucket(len(ids) - known), self.context), plan.pad)
+            return plan, extend(plan, self.params(), state, tokens, lengths)
         self.reused = 0
         self.plan = plan = self.make_plan(min(self.context, 2 * bucket(len(ids) + limit)))
         tokens, lengths = pad_rows([np.array(ids)], min(bucket(len(ids)), plan.length), plan.pad)
         self.key, key = jax.random.split(self.key)
-        return plan, prefill(plan, self.params, tokens, lengths, key)
+        return plan, prefill(plan, self.params(), tokens, lengths, key)

@@ -23,6 +23,10 @@ class AttentionConfig:
     softcap: float | None = None
     divide_by_depth: bool = False  # scale / (layer + 1)
 
+    def __post_init__(self):
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} attention heads cannot share {self.n_kv_heads} key-value heads evenly")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlpConfig:
@@ -40,6 +44,10 @@ class MoeConfig:
     renormalise: bool  # the top-k weights sum to 1
     shared: MlpConfig | None = None  # an expert that every token passes
     shared_gate: bool = False  # ... weighted by a sigmoid of the token
+
+    def __post_init__(self):
+        if self.top_k > self.n_experts:
+            raise ValueError(f"{self.top_k} experts a token (num_experts_per_tok), but there are only {self.n_experts}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +94,7 @@ class DecoderConfig:
     def max_context(self) -> int:
         """Positions that may be used: what the checkpoint states, or what its RoPE scaling stretches that to."""
         ropes = {kind.rope for kind in self.kinds if kind.rope is not None}
-        stretched = (int(r.factor * r.original_context) for r in ropes if r.scaling in ("dynamic", "yarn"))
+        stretched = (int(r.factor * r.original_context) for r in ropes if r.scaling in ("linear", "dynamic", "yarn"))
         return max(self.context, *stretched, 0)
 
 

@@ -218,9 +218,9 @@ def _tokens(config, x, positions, segments, valid, cache, rope_len) -> Tokens:
     ropes = {kind.rope for kind in config.kinds if kind.rope is not None}
     if cache is not None and rope_len is None and any(rope.depends_on_length for rope in ropes):
         raise ValueError("with a cache, dynamic and longrope frequencies need rope_len: prompt plus new tokens")
-    if positions is None and valid is not None:
-        positions = count_positions(valid)
-    if positions is not None and valid is None:
+    if valid is not None:
+        positions = count_positions(valid) if positions is None else jnp.where(valid, positions, -1)
+    elif positions is not None:
         valid = positions >= 0
     at = jnp.arange(x.shape[1])[None] if positions is None else positions
     tables = {rope: table(rope, at, rope_len or x.shape[1]) for rope in ropes}

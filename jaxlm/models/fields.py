@@ -76,7 +76,7 @@ def _default(r: Reader, s: Reader) -> dict:
 
 
 def _linear(r: Reader, s: Reader) -> dict:
-    return {"factor": float(s["factor"])}
+    return {"factor": float(s["factor"]), "original_context": r["max_position_embeddings"]}
 
 
 def _dynamic(r: Reader, s: Reader) -> dict:

@@ -1,6 +1,7 @@
 """Strict reading of config.json: every key is read by the family, or inert, or an error."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,52 @@ INERT = frozenset((
 
 
 _REQUIRED = object()
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What the values of keys must be, whichever architecture reads them.
+_TYPES = (
+    (
+        frozenset(
+            """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
+            num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings sliding_window
+            num_experts num_local_experts num_experts_per_tok decoder_sparse_step n_embd n_head n_layer n_inner
+            n_positions sliding_window_pattern _sliding_window_pattern""".split()  # noqa: SIM905
+        ),
+        _is_size,
+        "a whole number above 0",
+    ),
+    (
+        frozenset(
+            """rms_norm_eps layer_norm_epsilon rope_theta rope_local_base_freq partial_rotary_factor attention_dropout
+            attn_pdrop resid_pdrop embd_pdrop initializer_range query_pre_attn_scalar attn_logit_softcapping
+            final_logit_softcapping embedding_multiplier residual_multiplier attention_multiplier logits_scaling factor
+            low_freq_factor high_freq_factor beta_fast beta_slow mscale mscale_all_dim attention_factor""".split()  # noqa: SIM905
+        ),
+        _is_number,
+        "a finite number",
+    ),
+    (
+        frozenset(
+            """tie_word_embeddings attention_bias mlp_bias use_sliding_window norm_topk_prob truncate scale_attn_weights
+            scale_attn_by_inverse_layer_idx""".split()  # noqa: SIM905
+        ),
+        lambda value: isinstance(value, bool),
+        "true or false",
+    ),
+    (
+        frozenset(("layer_types", "mlp_only_layers", "short_factor", "long_factor")),
+        lambda value: isinstance(value, (list, tuple)),
+        "a list",
+    ),
+)
 
 
 class Reader:
@@ -45,12 +92,17 @@ class Reader:
         """The value of a key, or the default when it is missing or null."""
         self._read.add(key)
         value = self.values.get(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        for keys, fits, expected in _TYPES:
+            if key in keys and not fits(value):
+                raise ValueError(f"{self.where}: {key}={value!r} is not supported; expected {expected}")
+        return value
 
     def choice(self, key: str, table: Mapping[Any, Any], default: Any = _REQUIRED) -> Any:
         """The entry of `table` that the key's value names."""
         value = self[key] if default is _REQUIRED else self.get(key, default)
-        if value not in table:
+        if not isinstance(value, str) or value not in table:
             raise ValueError(f"{self.where}: {key}={value!r} is not supported; supported: {', '.join(map(str, table))}")
         return table[value]
 
@@ -75,6 +127,13 @@ class Reader:
         self._parts.append(part)
         return part
 
+    def _useless(self) -> list[str]:
+        """Names to ignore that nobody would otherwise complain about."""
+        mine = [name for name in self.ignore if "." not in name and (name not in self.values or name in self._read)]
+        parts = {part.where.removeprefix(f"{self.where}: "): part for part in self._parts}
+        nested = [name for name in self.ignore if "." in name and name.split(".")[0] not in parts]
+        return mine + nested + [f"{key}.{name}" for key, part in parts.items() for name in part._useless()]
+
     def unread(self) -> list[str]:
         known = self._read | INERT | self.ignore
         mine = [f"{key}={value!r}" for key, value in self.values.items() if key not in known]
@@ -82,9 +141,11 @@ class Reader:
 
     def finish(self) -> None:
         """Raises, naming every key that no one read."""
-        stale = {name for name in self.ignore if name.split(".")[0] not in self.values}
-        if stale:
-            raise ValueError(f"ignore_fields names {', '.join(sorted(stale))}, which {self.where} does not have")
+        if useless := self._useless():
+            raise ValueError(
+                f"ignore_fields names {', '.join(sorted(useless))}, which {self.where} does not have, or which this "
+                f"architecture reads: nothing would be ignored"
+            )
         if unread := self.unread():
             raise ValueError(
                 f"{self.where} has fields this architecture does not know: {', '.join(unread)}. If they do not "

@@ -30,6 +30,15 @@ class Rope:
     short_factors: tuple[float, ...] = ()  # longrope
     long_factors: tuple[float, ...] = ()
 
+    def __post_init__(self):
+        if self.dim < 2 or self.dim % 2:
+            raise ValueError(f"RoPE turns pairs of features: {self.dim} of a head is not an even number of them")
+        if not (self.theta > 0 and self.factor > 0):
+            raise ValueError(f"RoPE needs rope_theta and factor above 0, got {self.theta} and {self.factor}")
+        for name, factors in (("short_factor", self.short_factors), ("long_factor", self.long_factors)):
+            if self.scaling == "longrope" and len(factors) != self.dim // 2:
+                raise ValueError(f"longrope's {name} has {len(factors)} numbers, expected {self.dim // 2}")
+
     @property
     def depends_on_length(self) -> bool:
         return self.scaling in ("dynamic", "longrope")

@@ -3,112 +3,119 @@
 XLA on a CPU reads a weight at the memory's speed only where the weight is an array of its own: a scan copies every
 layer out of its stack first. And few large products beat many small ones. So the view has a tuple of layers for each
 stack, with q, k and v side by side in one array, and gate and up in another. It is private to running a model: never
-saved, never trained, and `Weights` holds one form at a time, so it costs no memory.
+saved, never trained. `Weights` holds one form at a time; converting needs room for one group of joined stacks.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
+from jaxlm.checkpoints.load import flatten, unflatten
 from jaxlm.models.config import DecoderConfig, groups
+from jaxlm.models.stack import is_unrolled
 
 Tree = dict[str, Any]
-JOINED = {"attn": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
-
-
-def unroll(config: DecoderConfig, params: Tree) -> Tree:
-    """The decode view of stacked parameters; leaves are taken out of `params` as they are converted."""
-    layers = params.pop("layers")
-    stacks = {"": layers} if groups(config.kinds)[0] == "" else layers
-    return params | {"layers": {name: _unrolled(stack) for name, stack in stacks.items()}}
-
-
-def restack(config: DecoderConfig, view: Tree) -> Tree:
-    """The stacked parameters of a decode view; leaves are taken out of `view` as they are converted."""
-    stacks = {name: _stacked(config, list(layers)) for name, layers in view.pop("layers").items()}
-    return view | {"layers": stacks.get("", stacks)}
-
-
-def is_unrolled(params: Tree) -> bool:
-    return any(isinstance(stack, tuple) for stack in params["layers"].values())
-
-
-def _unrolled(stack: Tree) -> tuple[Tree, ...]:
-    depth = len(jax.tree.leaves(stack)[0])
-    layers: list[Tree] = [{} for _ in range(depth)]
-    for name in list(stack):
-        part = stack.pop(name)
-        joined, members = JOINED.get(name, ("", ()))
-        if members and all(member in part for member in members):
-            parts = [part.pop(member) for member in members]
-            for leaf in list(parts[0]):
-                arrays = [np.asarray(p.pop(leaf)) for p in parts]
-                for layer, *pieces in zip(layers, *arrays, strict=True):
-                    # Features of one product lie side by side: heads for q, k, v; the last axis for gate and up.
-                    axis = -2 if joined == "qkv" else -1
-                    layer.setdefault(name, {}).setdefault(joined, {})[leaf] = jax.device_put(
-                        np.concatenate(pieces, axis)
-                    )
-        for layer, values in zip(layers, _each(part, depth), strict=True):
-            layer[name] = layer.get(name, {}) | values
-    return tuple(layers)
-
-
-def _each(tree: Any, depth: int) -> list[Any]:
-    """The layers of a stacked tree; on a CPU they share its memory."""
-    leaves, structure = jax.tree.flatten(tree)
-    arrays = [np.asarray(leaf) for leaf in leaves]
-    return [jax.tree.unflatten(structure, [jax.device_put(a[i]) for a in arrays]) for i in range(depth)]
-
-
-def _stacked(config: DecoderConfig, layers: list[Tree]) -> Tree:
-    layers = [dict(layer) for layer in layers]
-    stack: Tree = {}
-    for name in list(layers[0]):
-        parts = [dict(layer.pop(name)) for layer in layers]
-        joined, members = JOINED.get(name, ("", ()))
-        if joined in parts[0]:
-            axis = -2 if joined == "qkv" else -1
-            for leaf in list(parts[0][joined]):
-                whole = np.stack([part[joined].pop(leaf) for part in parts])
-                for member, piece in zip(
-                    members, np.split(whole, _cuts(config, joined, whole.shape[-1]), axis), strict=True
-                ):
-                    stack.setdefault(name, {}).setdefault(member, {})[leaf] = jax.device_put(
-                        np.ascontiguousarray(piece)
-                    )
-            parts = [{k: v for k, v in part.items() if k != joined} for part in parts]
-        stack[name] = stack.get(name, {}) | jax.tree.map(lambda *a: jax.device_put(np.stack(a)), *parts)
-    return stack
-
-
-def _cuts(config: DecoderConfig, joined: str, width: int) -> tuple[int, ...]:
-    """Where the members of a joined array begin, after the first."""
-    a = config.attention
-    return (a.n_heads, a.n_heads + a.n_kv_heads) if joined == "qkv" else (width // 2,)
+# joined leaf, its members, and the axis along which they lie side by side (heads; features)
+JOINED = (("attn/qkv", ("attn/q", "attn/k", "attn/v"), -2), ("mlp/gate_up", ("mlp/gate", "mlp/up"), -1))
 
 
 class Weights:
-    """The parameters of a model in one of two forms; asking for the other converts them, leaf by leaf."""
+    """The parameters of a model, stacked or as a view; asking for the other form converts them.
+
+    The dicts that go in and come out are the caller's own: only arrays are shared.
+    """
 
     def __init__(self, config: DecoderConfig, params: Tree):
-        self.config, self._params = config, params
+        self.config, self._params = config, _copy(params)
 
     @property
-    def on_one_device(self) -> bool:
-        return all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(self._params))
+    def current(self) -> Tree:
+        """Whichever form is held."""
+        return _copy(self._params)
 
     @property
     def stacked(self) -> Tree:
-        if is_unrolled(self._params):
+        if is_unrolled(self._params["layers"]):
             with jax.ensure_compile_time_eval():  # also where a caller is just being traced
-                self._params = restack(self.config, self._params)
-        return self._params
+                self._params = _convert(self.config, self._params, _stack)
+        return self.current
 
     @property
     def unrolled(self) -> Tree:
-        if not is_unrolled(self._params):
+        if not is_unrolled(self._params["layers"]):
             with jax.ensure_compile_time_eval():
-                self._params = unroll(self.config, self._params)
-        return self._params
+                self._params = _convert(self.config, self._params, _unroll)
+        return self.current
+
+    @property
+    def on_one_device(self) -> bool:
+        """False also for parameters that are being traced."""
+        leaves = jax.tree.leaves(self._params)
+        return not any(isinstance(leaf, Tracer) or len(leaf.devices()) > 1 for leaf in leaves)
+
+
+def _convert(config: DecoderConfig, params: Tree, one) -> Tree:
+    """Each stack through `one`; takes the leaves out of `params` as it goes."""
+    layers, single = params.pop("layers"), groups(config.kinds)[0] == ""
+    stacks = {"": layers} if single and not is_unrolled(layers) else layers
+    done = {name: one(config, stacks.pop(name)) for name in list(stacks)}
+    return params | {"layers": done[""] if "" in done and isinstance(done[""], dict) else done}
+
+
+def _unroll(config: DecoderConfig, stack: Tree) -> tuple[Tree, ...]:
+    """Layers that share the stack's memory, but for what is joined."""
+    flat = flatten(stack)
+    stack.clear()
+    layers: list[Tree] = [{} for _ in range(len(next(iter(flat.values()))))]
+    for path in list(flat):
+        if path not in flat:
+            continue
+        into, sources, axis = _joined(path, flat)
+        arrays = [np.asarray(flat.pop(source)) for source in sources]
+        for layer, *pieces in zip(layers, *arrays, strict=True):
+            layer[into] = jax.device_put(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis))
+        del arrays
+    return tuple(unflatten(layer) for layer in layers)
+
+
+def _stack(config: DecoderConfig, layers: Sequence[Tree]) -> Tree:
+    flat = [flatten(layer) for layer in layers]
+    del layers
+    stacked: Tree = {}
+    for path in list(flat[0]):
+        whole = np.stack([layer.pop(path) for layer in flat])
+        for target, piece in _parted(config, path, whole):
+            stacked[target] = jax.device_put(piece)
+    return unflatten(stacked)
+
+
+def _parted(config: DecoderConfig, path: str, whole: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """The leaves that a leaf of the view holds."""
+    parent, leaf = path.rsplit("/", 1)
+    for joined, members, axis in JOINED:
+        if parent == joined:
+            a = config.attention
+            cuts = (a.n_heads, a.n_heads + a.n_kv_heads) if len(members) == 3 else (whole.shape[axis] // 2,)
+            pieces = map(np.ascontiguousarray, np.split(whole, cuts, axis))
+            return list(zip((f"{member}/{leaf}" for member in members), pieces, strict=True))
+    return [(path, whole)]
+
+
+def _joined(path: str, flat: Tree) -> tuple[str, tuple[str, ...], int]:
+    """Where a leaf goes in the view, the leaves that go there together, and along which axis."""
+    parent, leaf = path.rsplit("/", 1)
+    for joined, members, axis in JOINED:
+        sources = tuple(f"{member}/{leaf}" for member in members)
+        if parent in members and all(source in flat for source in sources):
+            return f"{joined}/{leaf}", sources, axis
+    return path, (path,), 0
+
+
+def _copy(tree: Any) -> Any:
+    """The same arrays in new containers."""
+    if isinstance(tree, dict):
+        return {key: _copy(value) for key, value in tree.items()}
+    return tuple(map(_copy, tree)) if isinstance(tree, tuple) else tree

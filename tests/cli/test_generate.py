@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_streams_the_continuation(cli, tiny, model):
     expected = model.generate("abc", max_new_tokens=6, temperature=0)
     code, out, err = cli("generate", tiny, "abc", "--max-new-tokens", 6, "--temperature", 0)
     assert code == 0 and out == expected + "\n"
-    assert " tokens in " in err
+    assert re.search(r"3 prompt tokens at [\d.]+/s, 6 new at [\d.]+/s", err)
 
 
 def test_chat_uses_the_template(cli, tiny, model):
@@ -26,6 +27,21 @@ def test_chat_uses_the_template(cli, tiny, model):
     args = ("abc", "--chat", "--system", "S", "--max-new-tokens", 6, "--temperature", 0)
     assert cli("generate", tiny, *args)[:2] == (0, expected + "\n")
     assert model.generate(["<system>S<user>abc<assistant>"], max_new_tokens=6, temperature=0) == [expected]
+
+
+def test_stop_strings(cli, tiny, model):
+    whole = model.generate("abc", max_new_tokens=12, temperature=0)
+    args = ("abc", "--max-new-tokens", 12, "--temperature", 0, "--stop", "never", "--stop", whole[3:5])
+    assert cli("generate", tiny, *args)[:2] == (0, whole[: whole.index(whole[3:5])] + "\n")
+
+
+def test_samples(cli, tiny, model):
+    options = {"max_new_tokens": 6, "temperature": 1.5, "seed": 3}
+    expected = model.generate("abc", samples=2, **options)
+    args = [x for name, value in options.items() for x in ("--" + name.replace("_", "-"), value)]
+    code, out, err = cli("generate", tiny, "abc", "--samples", 2, *args)
+    assert code == 0 and out == "".join(text + "\n" for text in expected)
+    assert "--- 1 of 2: 6 tokens" in err and re.search(r"10 new tokens at [\d.]+/s", err)
 
 
 def test_seed_and_standard_input(cli, tiny, monkeypatch):
@@ -46,6 +62,8 @@ def test_seed_and_standard_input(cli, tiny, monkeypatch):
         (["abc", "--system", "S"], "--chat"),
         (["abc" * 90], "256"),
         (["abc", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["abc", "--samples", "0"], "samples=0"),
+        (["abc", "--stop", ""], "strings that are not empty"),
         (["abc", "--temperature", "1", "--top-p", "1.5"], "top_p"),
         (["abc", "--ignore-field", "rope_thetta"], "rope_thetta"),
     ],

@@ -69,7 +69,7 @@ def params(*edits: tuple[str, Callable]) -> Mistake:
             for parent in parents:
                 node = node[parent]
             node[last] = jax.tree.map(edit, node[last])
-        return replace(model, params=tree)
+        return model.with_params(tree)
 
     return change
 
@@ -77,12 +77,12 @@ def params(*edits: tuple[str, Callable]) -> Mistake:
 def swap_gate_and_up(model: Model) -> Model:
     mlp = model.params["layers"]["mlp"]
     swapped = mlp | {"gate": mlp["up"], "up": mlp["gate"]}
-    return replace(model, params=model.params | {"layers": model.params["layers"] | {"mlp": swapped}})
+    return model.with_params(model.params | {"layers": model.params["layers"] | {"mlp": swapped}})
 
 
 def untie(model: Model) -> Model:
     made = decoder.init(replace(model.config, tie_embeddings=False), jax.random.key(0))
-    return replace(config(tie_embeddings=False)(model), params=model.params | {"head": made["head"]})
+    return config(tie_embeddings=False)(model).with_params(model.params | {"head": made["head"]})
 
 
 zero = jnp.zeros_like
@@ -180,7 +180,7 @@ def pre_normed(model: Model) -> Model:
     """Olmo 2's norms, which follow each branch, used before it as in Llama."""
     layers = dict(model.params["layers"])
     layers |= {"attn_norm": layers["attn_post_norm"], "mlp_norm": layers["mlp_post_norm"]}
-    return replace(config(pre_norm=True, post_norm=False)(model), params=model.params | {"layers": layers})
+    return config(pre_norm=True, post_norm=False)(model).with_params(model.params | {"layers": layers})
 
 
 def transposed(w: jax.Array) -> jax.Array:

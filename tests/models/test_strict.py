@@ -100,8 +100,14 @@ def test_no_field_of_the_rope_is_ignored_silently(case):
         with pytest.raises(ValueError, match="rope_type 'spiral' is not supported; supported: default, linear"):
             read(put(inner | {"rope_type": "spiral"}))
         for key, value in inner.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and key != "partial_rotary_factor":
                 assert read(put(inner | {key: value * 0.5})) != read(hf), key
+        if "partial_rotary_factor" in inner:
+            size = hf["hidden_size"] // hf["num_attention_heads"]
+            with pytest.raises(ValueError, match="is not an even number"):
+                read(put(inner | {"partial_rotary_factor": 3.1 / size}))
+            shorter = {k: v[:2] for k, v in inner.items() if isinstance(v, list)}
+            assert read(put(inner | shorter | {"partial_rotary_factor": 4.1 / size})) != read(hf)
 
 
 def another(value):
@@ -236,7 +242,7 @@ def test_stored_copy_of_a_tied_head_must_be_equal_and_comes_back(tmp_path):
         tensors["lm_head.weight"][50, 3] += 1e-3
 
     message = refused(checkpoint(tmp_path / "different", tied, differ))
-    assert "ties lm_head.weight to model.embed_tokens.weight, but the stored tensors differ" in message
+    assert "lm_head.weight differs from model.embed_tokens.weight, to which config.json ties it" in message
 
 
 def test_buffers_of_old_checkpoints_are_known_and_come_back(tmp_path):
@@ -283,7 +289,7 @@ def model():
         (lambda m: m([[0.5]]), "tokens must be integers"),
         (lambda m: m(np.zeros((2, 0), int)), "at least one token"),
         (lambda m: m([[5, 6]], attention_mask=[[1]]), r"attention_mask has shape \(1, 1\).*\(1, 2\)"),
-        (lambda m: m([[5]], output="attentions"), "unknown output 'attentions'; there are"),
+        (lambda m: m([[5]], output="attentions"), "output='attentions' is not supported; supported: logits"),
         (lambda m: m.generate([[]], max_new_tokens=3), "a prompt is empty"),
         (lambda m: m.generate([], max_new_tokens=3), "no prompts"),
         (lambda m: m.generate([[5]], max_new_tokens=64), "1 prompt tokens and 64 new ones do not fit"),
@@ -293,7 +299,7 @@ def model():
         (lambda m: m.generate([[5]], max_new_tokens=0), "max_new_tokens=0: expected a whole number >= 1"),
         (lambda m: m.generate(["text"], max_new_tokens=3), "no tokenizer"),
         (lambda m: dataclasses.replace(m, generation_config={"num_beams": 4}).generate([[5]]), "num_beams=4"),
-        (lambda m: m.save("/nowhere/at/all", dtype="int8"), "dtype 'int8' is not supported"),
+        (lambda m: m.save("/nowhere/at/all", dtype="int8"), "dtype='int8' is not supported"),
     ],
 )
 def test_bad_call_is_one_line(model, call, message):
