@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ class Model:
         """The checkpoint's tokenizer (a transformers tokenizer), loaded at first use."""
         if self.opened is None:
             raise ValueError("this model was not loaded from a checkpoint, so it has no tokenizer")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would print that PyTorch was not found
         return self.opened.tokenizer()
 
     def __call__(

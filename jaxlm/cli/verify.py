@@ -62,7 +62,8 @@ def verify(
         raise ValueError(f"verify compares with transformers' own model, which needs more: pip install {missed}")
     if tokens < 1 or new_tokens < 0:
         raise ValueError(f"--tokens {tokens} --new-tokens {new_tokens}: expected at least 1 and 0")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; transformers shows bars of its own
+    if source.endswith(".gguf"):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; transformers' GGUF loader shows bars
     source = fetch(source)
     model = load(source, "float32", ignore_fields)
     if tokens + new_tokens > model.config.max_context:
