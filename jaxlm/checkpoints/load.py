@@ -95,10 +95,17 @@ def stored(
 
     def read(name: str) -> np.ndarray:
         binding = names.bindings[name]
-        parts = [np.asarray(arrays[path][binding.index]) for path in binding.paths]
+        parts = [_element(arrays[path], binding.index) for path in binding.paths]
         return _narrowed(binding.rule.join(parts), specs[name][0], name)
 
     return specs, read
+
+
+def _element(stack: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """One element of a stack on the host; on a CPU it shares the stack's memory."""
+    if all(device.platform == "cpu" for device in stack.devices()):
+        return np.asarray(stack)[index]
+    return np.asarray(stack[index])
 
 
 def _narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -199,6 +199,7 @@ def test_progress(server, contents, shards):
 
 
 def test_bars_only_on_a_terminal(server, capsys, monkeypatch, tmp_path):
+    huggingface_hub.utils.enable_progress_bars()  # transformers, where another test silenced it, switched them off
     hub.snapshot("org/tiny")
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
