@@ -30,20 +30,29 @@ CONFIG = {
 }
 
 
-def measure(depth: int, repeats: int) -> dict[str, float]:
+def compile_once(depth: int) -> tuple[float, int]:
     """Seconds to compile the loss and its gradient at this depth, and the characters of the optimized HLO."""
+    jax.clear_caches()
     model = jaxlm.init(CONFIG | {"num_hidden_layers": depth})
     tokens = jnp.zeros((1, 128), jnp.int32)
-    seconds, size = [], 0
-    for _ in range(repeats):
-        jax.clear_caches()
-        loss = lambda p: decoder.forward(model.config, p, tokens)[0].sum()
-        lowered = jax.jit(jax.value_and_grad(loss)).lower(model.params)
-        start = time.perf_counter()
-        compiled = lowered.compile()
-        seconds.append(time.perf_counter() - start)
-        size = len(compiled.as_text())
-    return {"depth": depth, "compile_s": statistics.median(seconds), "hlo_chars": size}
+    loss = lambda p: decoder.forward(model.config, p, tokens)[0].sum()
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(model.params)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    return time.perf_counter() - start, len(compiled.as_text())
+
+
+def measure(depths: list[int], repeats: int) -> list[dict[str, float]]:
+    """Medians; the depths take turns, so that a machine that slows down slows all of them."""
+    runs = [{depth: compile_once(depth) for depth in depths} for _ in range(repeats)]
+    return [
+        {
+            "depth": depth,
+            "compile_s": statistics.median(run[depth][0] for run in runs),
+            "hlo_chars": runs[0][depth][1],
+        }
+        for depth in depths
+    ]
 
 
 def main() -> None:
@@ -53,7 +62,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    rows = [measure(depth, args.repeats) for depth in args.depths]
+    rows = measure(args.depths, args.repeats)
     table = Table(
         "layers", "compile s", "ratio", "HLO characters", "ratio", title=f"loss + gradient, {jax.default_backend()}"
     )

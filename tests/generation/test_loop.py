@@ -70,17 +70,13 @@ def test_repetition_penalty_counts_the_prompt_and_not_its_padding(model):
         assert len(set(row)) == 12 and not set(row) & set(prompt.tolist())
 
 
+def greedy_plan(model, **room):
+    functions = {"backbone": model.family.backbone, "config": model.config, "runtime": model.runtime}
+    return Plan(**functions, sampling=Sampling(temperature=0.0), eos=(), pad=0, **room)
+
+
 def test_token_by_token_gives_the_same_tokens(model):
-    plan = Plan(
-        backbone=model.family.backbone,
-        config=model.config,
-        runtime=model.runtime,
-        sampling=Sampling(temperature=0.0),
-        eos=(),
-        pad=0,
-        capacity=7,
-        length=14,
-    )
+    plan = greedy_plan(model, capacity=7, length=14)
     want = model.generate(PROMPTS[:1], max_new_tokens=7, temperature=0)[0].tolist()
     state = prefill(plan, model.params, *pad_rows(PROMPTS[:1], 7, 0), jax.random.key(0))
     seen = []
@@ -106,17 +102,7 @@ def test_layers_run_either_way(layers):
 
 def test_extend_continues_a_cache(model):
     """A prompt in two parts, with ragged rows, gives what the whole prompt gives."""
-    plan = Plan(
-        backbone=model.family.backbone,
-        config=model.config,
-        runtime=model.runtime,
-        sampling=Sampling(temperature=0.0),
-        eos=(),
-        pad=0,
-        capacity=4,
-        length=20,
-        logprobs=True,
-    )
+    plan = greedy_plan(model, capacity=4, length=20, logprobs=True)
     whole = prefill(plan, model.params, *pad_rows(PROMPTS, 8, 0), jax.random.key(0))
     parts = prefill(plan, model.params, *pad_rows([p[:1] for p in PROMPTS], 4, 0), jax.random.key(0))
     parts = extend(plan, model.params, parts, *pad_rows([p[1:] for p in PROMPTS], 6, 0))
