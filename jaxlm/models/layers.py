@@ -124,6 +124,8 @@ class Embed(Leaf):
 
 def contract(eqn: str, x: Array, w: Array, out=None) -> Array:
     """einsum in x's dtype with float32 accumulation; the result in `out`, by default x's dtype."""
+    if eqn == "BTNH,NHD->BTD":  # contracting one axis instead of two: XLA on CPU copies the weight for two
+        eqn, x, w = "BTF,FD->BTD", x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1])
     y = jnp.einsum(eqn, x, w.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
     return y.astype(out or x.dtype)
 

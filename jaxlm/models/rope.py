@@ -7,6 +7,7 @@ modeling_rope_utils.py: at position 500 one unit in the last place of a frequenc
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -50,8 +51,17 @@ class Rope:
 
 def table(rope: Rope, positions: Array, length: int) -> tuple[Array, Array]:
     """cos and sin, float32 [B, T, dim / 2], for int positions [B, T]."""
-    angles = positions[..., None].astype(jnp.float32) * rope.frequencies(length)
-    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+    def made(positions: Array) -> tuple[Array, Array]:
+        angles = positions[..., None].astype(jnp.float32) * rope.frequencies(length)
+        return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+    def once(positions: Array) -> tuple[Array, Array]:
+        # XLA on CPU holds cos and sin for cheap and repeats them in every layer and head (a tenth of a prefill); it
+        # does not look into a branch, nor see that this one is always taken.
+        return jax.lax.cond(positions.ravel()[0] >= -1, made, lambda p: jax.tree.map(jnp.zeros_like, made(p)), positions)
+
+    return jax.lax.platform_dependent(positions, cpu=once, default=made)
 
 
 def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
