@@ -66,6 +66,8 @@ def load(
         if dtype == "float16":
             _narrowed(raw, np.dtype(np.float16), name)
         _fill(arrays, binding, raw, leaves, dtypes)
+        # Dispatch is asynchronous: without waiting, tensors that were read would pile up in memory.
+        jax.block_until_ready([arrays[path] for path in binding.paths])
         done += _nbytes(source, name)
         if progress:
             progress(done, total)

@@ -143,7 +143,6 @@ def answer(conversation: Conversation, session: Any, message: str, max_new_token
     except KeyboardInterrupt:
         out.file.write("\n")
         note("stopped")
-        session.cached = []  # the cache was in motion
         # What was said stays said; without a word of answer the question goes, too.
         if pieces:
             conversation.answered("".join(pieces))

@@ -49,8 +49,6 @@ class Session:
         plan, state = self._read(list(ids), limit)
         state["step"].block_until_ready()
         prompt = (len(ids) - self.reused, time.perf_counter() - start)
-        # Until the turn is over the cache is in motion: an interrupted turn must not leave a stale list behind.
-        self.cached = []
         (made,), self.state = finish(
             plan, self.params(), state, limit=limit, stop=stop, tokenizer=tokenizer, emit=emit, prompt=prompt
         )
@@ -60,9 +58,11 @@ class Session:
 
     def _read(self, ids: list[int], limit: int) -> tuple[Plan, State]:
         """The state after reading `ids`: continued where the cache holds their beginning, else made anew."""
-        known = len(self.cached)
+        known, begun = len(self.cached), ids[: len(self.cached)] == self.cached
+        # Until the turn is over the cache is in motion: an interrupted turn must not leave a stale list behind.
+        self.cached = []
         plan, state = self.plan, self.state
-        if plan and state and 0 < known < len(ids) and ids[:known] == self.cached and len(ids) + limit <= plan.length:
+        if plan and state and 0 < known < len(ids) and begun and len(ids) + limit <= plan.length:
             self.reused = known
             tokens, lengths = pad_rows([np.array(ids[known:])], min(bucket(len(ids) - known), self.context), plan.pad)
             return plan, extend(plan, self.params(), state, tokens, lengths)
