@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "continue a prompt, or answer it as a chat, and stream the text",
     "chat": "talk with a model, with its template and a cache kept between turns",
     "eval": "perplexity of a text file, or tasks of lm-evaluation-harness",
+    "train": "train or fine-tune from a YAML file of settings; resumes where it stopped",
     "convert": "write a checkpoint as Hugging Face safetensors, also from GGUF",
     "verify": "compare a checkpoint's logits and greedy text with transformers (needs torch)",
     "families": "the architectures there are, and how near each is to transformers",

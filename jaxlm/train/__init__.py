@@ -1,0 +1,1 @@
+"""Training: losses, the jitted step, optimizers, and the loop around them."""

@@ -1,0 +1,146 @@
+"""From the settings of a run to what the loop needs: model, data, objective, state, and the plan of all that."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from jaxlm import api
+from jaxlm.data.fim import Fim
+from jaxlm.data.pipeline import Batches
+from jaxlm.data.prepare import PrepareConfig, load_tokenizer, prepare
+from jaxlm.model import Model
+from jaxlm.models.decoder import Runtime
+from jaxlm.train.config import TrainConfig
+from jaxlm.train.metrics import flops_per_token
+from jaxlm.train.objectives import Objective, causal_lm
+from jaxlm.train.optimizer import Optimizer
+from jaxlm.train.scaler import loss_scale
+from jaxlm.train.step import Loss, TrainState, init_state
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run made ready. `model` holds no parameters that train: those are the state's."""
+
+    config: TrainConfig
+    model: Model
+    train: Batches
+    eval: Batches | None
+    steps: int
+    settings: Optimizer
+    optimizer: optax.GradientTransformation
+    loss: Loss
+    state: TrainState
+    flops: float  # of a token's forward and backward pass
+
+    @property
+    def trainable(self) -> int:
+        return _count(self.state.trainable)
+
+    def plan(self) -> list[tuple[str, str]]:
+        """Names and values to print before the run."""
+        c, o, data = self.config, self.config.optim, self.train
+        rows = data.batch_size
+        total = _count(self.state.variables)
+        lines = [
+            ("model", f"{c.model}: {total:,} parameters, {self.trainable:,} of them train ({self.trainable / total:.2%})"),
+            ("computes in", f"{c.precision}, remat {c.remat}, attention {c.attention or 'chosen per call'}"),
+            ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {c.mesh or 'none'}"),
+            ("data", f"{len(data.pieces):,} pieces in {len(data.pieces.length):,} rows, {data.mode}ed to {data.seq_len}; "
+                     f"{data.efficiency:.1%} of the tokens are no padding"),
+            ("steps", f"{self.steps:,} = {data.epoch(self.steps):.2f} epochs of {data.steps_per_epoch:,}"),
+            ("a step", f"{rows} rows ({c.accumulate} x {rows // c.accumulate}), {rows * data.seq_len:,} tokens"),
+            ("optimizer", f"{o.name}, rate {o.rate:g} {o.schedule}, warm-up {self.settings.schedule.warmup}, "
+                          f"decay {o.weight_decay:g}, clip {o.clip or 'none'}"),
+            ("evaluation", f"every {c.eval_every or self.steps} steps, {len(self.eval):,} batches" if self.eval else "none"),
+            ("output", c.out),
+        ]  # fmt: skip
+        return lines
+
+
+def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> Job:
+    """Loads and prepares everything; ValueError for what does not fit together."""
+    model = _model(config)
+    tokenizer = config.tokenizer or config.model
+    train = _batches(config, config.data.train, tokenizer, "train", progress)
+    evaluated = None
+    if config.data.eval:
+        evaluated = _batches(config, config.data.eval, tokenizer, "eval", progress)
+    _check_vocabulary(train, model)
+    steps = config.steps or math.ceil(config.epochs * len(train._layout) / train.batch_size)
+    settings = config.optim.make(steps)
+    backbone = model.family.backbone
+    optimizer = settings.make({"params": backbone.logical_axes(model.config)})
+    router = config.loss.router
+    if router is None:
+        router = float(model.hf_config.get("router_aux_loss_coef") or 0.0)
+    shared = {name: getattr(config.loss, name) for name in ("smoothing", "z", "neftune", "chunk")}
+    objective = Objective(backbone=backbone, config=model.config, runtime=model.runtime, router=router, **shared)
+    variables = {"params": model.params}
+    scale = loss_scale() if config.precision == "float16" else None
+    state = init_state(variables, optimizer, jax.random.key(config.seed), trainable=config.trainable, scale=scale)
+    c = model.config
+    embedding = 0 if c.tie_embeddings else c.vocab_size * c.d_model
+    flops = flops_per_token(_count(variables), embedding, len(c.kinds), c.d_model, config.data.seq_len)
+    return Job(config, model, train, evaluated, steps, settings, optimizer, causal_lm(objective), state, flops)
+
+
+def _model(config: TrainConfig) -> Model:
+    """The model, its parameters float32 whatever it computes in: updates are too small for less."""
+    if config.model.endswith(".json"):
+        if config.tokenizer is None:
+            raise ValueError(f"model={config.model} begins from scratch: tokenizer must say whose tokenizer to use")
+        model = api.init(config.model, key=jax.random.key(config.seed), ignore_fields=config.ignore_fields)
+    else:
+        model = api.load(config.model, dtype="float32", ignore_fields=config.ignore_fields)
+    runtime = Runtime(dtype=config.precision, attention=config.attention, remat=config.remat)
+    return dataclasses.replace(model, runtime=runtime, layers="stacked")
+
+
+def _batches(config: TrainConfig, source: str, tokenizer: str, name: str, progress) -> Batches:
+    from jaxlm.data.cache import open_cache
+
+    data = config.data
+    if (Path(source) / "header.json").is_file():
+        cache = open_cache(source, tokenizer=load_tokenizer(tokenizer))
+    else:
+        wanted = PrepareConfig(
+            source=(source,), tokenizer=tokenizer, format=data.format, max_bad_rows=data.max_bad_rows
+        )  # fmt: skip
+        options = {"progress": progress(f"tokenizing {name}")} if progress else {}
+        cache = prepare(wanted, Path(config.out) / f"data-{name}", **options)
+    training = name == "train"
+    fim = Fim.of(load_tokenizer(tokenizer), rate=data.fim_rate) if data.fim_rate and training else None
+    return Batches(
+        cache,
+        data.batch_size * (config.accumulate if training else 1),
+        data.seq_len,
+        seed=config.seed,
+        mode=data.mode,
+        long=data.long,
+        buckets=data.buckets,
+        shuffle=training,
+        fim=fim,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _check_vocabulary(batches: Batches, model: Model) -> None:
+    largest, size = int(batches.cache.tokens.max()), model.config.vocab_size
+    if largest >= size:
+        raise ValueError(
+            f"{batches.cache.path} holds token {largest}, and the model knows {size}: it was prepared with another "
+            "tokenizer"
+        )
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
