@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "talk with a model, with its template and a cache kept between turns",
     "eval": "perplexity of a text file, or tasks of lm-evaluation-harness",
     "convert": "write a checkpoint as Hugging Face safetensors, also from GGUF",
+    "prepare": "tokenize a data set once, into a cache for training",
     "verify": "compare a checkpoint's logits and greedy text with transformers (needs torch)",
     "families": "the architectures there are, and how near each is to transformers",
 }
