@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "perplexity of a text file, or tasks of lm-evaluation-harness",
     "train": "train or fine-tune from a YAML file of settings; resumes where it stopped",
     "convert": "write a checkpoint as Hugging Face safetensors, also from GGUF",
+    "prepare": "tokenize a data set once, into a cache for training",
     "verify": "compare a checkpoint's logits and greedy text with transformers (needs torch)",
     "families": "the architectures there are, and how near each is to transformers",
 }

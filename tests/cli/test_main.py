@@ -47,9 +47,12 @@ def test_missing_argument(cli):
 @pytest.mark.parametrize("command", [name for name in cli_main.COMMANDS if name != "families"])
 def test_missing_checkpoint(cli, command, tmp_path):
     (tmp_path / "text").write_text("text")
-    more = {"generate": ["hello"], "convert": [tmp_path / "out"], "eval": ["--text", tmp_path / "text"]}.get(
-        command, []
-    )
+    more = {
+        "generate": ["hello"],
+        "convert": [tmp_path / "out"],
+        "prepare": [tmp_path / "out", "--tokenizer", tmp_path / "nowhere"],
+        "eval": ["--text", tmp_path / "text"],
+    }.get(command, [])
     code, out, err = cli(command, tmp_path / "nowhere", *more)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and str(tmp_path / "nowhere") in err.replace("\n", "") and err.count("\n") == 1
