@@ -89,8 +89,10 @@ def _single(scores: Array, labels: Array, class_weights: Array):
 
 
 def _span(scores: Array, ends: Array, real: Array):
-    """The mean of the start's and the end's cross-entropy over positions, padding included as in transformers."""
+    """The mean of the start's and the end's cross-entropy over positions; no span lies in padding, whose scores
+    transformers counts, so that its loss depends on how much padding there is."""
     length = scores.shape[1]
+    scores = jnp.where(real[..., None], scores, jnp.finfo(jnp.float32).min)
     total, weight, right = jnp.float32(0), jnp.float32(0), jnp.float32(0)
     for i in range(2):
         inside = (ends[:, i] >= 0) & (ends[:, i] < length)
@@ -98,8 +100,7 @@ def _span(scores: Array, ends: Array, real: Array):
         nll = -jnp.take_along_axis(jax.nn.log_softmax(scores[..., i], 1), y[:, None], 1)[:, 0]
         total += jnp.where(inside, nll, 0).sum() / 2
         weight += inside.sum() / 2
-        hit = jnp.where(real, scores[..., i], -jnp.inf).argmax(1) == y
-        right += (hit & inside).sum() / 2
+        right += ((scores[..., i].argmax(1) == y) & inside).sum() / 2
     return total, weight, {"accuracy": right}
 
 

@@ -1,0 +1,246 @@
+"""Whole runs: learning, evaluation, exact resumption, SIGTERM and SIGKILL, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import jaxlm
+from jaxlm.cli.main import main
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.config import TrainConfig, parse, plain, read
+from jaxlm.train.loop import Callback, Run
+from jaxlm.train.setup import setup
+from tests.data.tiny import tokenizer
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "tie_word_embeddings": True, "attention_dropout": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Path:
+    """A config to begin from, a tokenizer, and two files of text."""
+    at = tmp_path_factory.mktemp("ground")
+    (at / "config.json").write_text(json.dumps(CONFIG))
+    tokenizer().save_pretrained(at / "tokenizer")
+    lines = [json.dumps({"text": f"{i} and {i + 1} are {2 * i + 1}. " * (1 + i % 5)}) for i in range(80)]
+    (at / "train.jsonl").write_text("\n".join(lines[:70]))
+    (at / "eval.jsonl").write_text("\n".join(lines[70:]))
+    return at
+
+
+def config(ground: Path, out: Path, **settings) -> TrainConfig:
+    given = {
+        "model": str(ground / "config.json"), "tokenizer": str(ground / "tokenizer"), "out": str(out), "steps": 12,
+        "data": {"train": str(ground / "train.jsonl"), "eval": str(ground / "eval.jsonl"), "seq_len": 32, "batch_size": 4},
+        "optim": {"rate": 1e-2, "warmup": 0.2, "schedule": "cosine"}, "log_every": 4, "eval_every": 6, "accumulate": 2,
+    }  # fmt: skip
+    return parse(TrainConfig, given | settings, "test")
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(directory: Path) -> dict:
+    return jax.tree.map(np.asarray, jaxlm.load(directory).params)
+
+
+def test_a_run_learns_and_leaves_a_model(ground, tmp_path):
+    result = Run(setup(config(ground, tmp_path / "run"))).train()
+    logged = [row for row in rows(tmp_path / "run") if "loss" in row]
+    evaluated = [row for row in rows(tmp_path / "run") if "eval_loss" in row]
+    assert result.ended == "done" and [row["step"] for row in logged] == [4, 8, 12]
+    assert logged[-1]["loss"] < 0.75 * logged[0]["loss"]
+    assert [row["step"] for row in evaluated] == [6, 12] and evaluated[1]["eval_loss"] < evaluated[0]["eval_loss"]
+    assert result.best_step == 12 and (tmp_path / "run/loss.png").stat().st_size > 5000
+    model = jaxlm.load(result.model)
+    assert model.generate("1 and 2", max_new_tokens=4, temperature=0) and len(os.listdir(tmp_path / "run/tensorboard"))
+    # The exported model has the loss that the run reported.
+    job = setup(config(ground, tmp_path / "again", model=str(result.model)))
+    run = Run(job)
+    run._sinks = []
+    run._evaluate(job.state, 0)
+    np.testing.assert_allclose(run.memory.eval_loss, evaluated[1]["eval_loss"], rtol=1e-6)
+
+
+class StopAt(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_log(self, run, step, values):
+        if step >= self.step:
+            run.stop("a callback")
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(ground, tmp_path):
+    """Mid-epoch, with accumulation and dropout; the last steps are made by another Run."""
+    whole = Run(setup(config(ground, tmp_path / "whole"))).train()
+    stopped = Run(setup(config(ground, tmp_path / "parts")), [StopAt(4)]).train()
+    assert stopped.ended == "a callback" and stopped.step == 4
+    resumed = Run(setup(config(ground, tmp_path / "parts"))).train()
+    assert resumed.step == 12
+    for a, b in zip(*(jax.tree.leaves(weights(r.model)) for r in (whole, resumed)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name in ("loss", "learning_rate", "targets"):
+        assert [r[name] for r in rows(tmp_path / "whole") if name in r][-1] == [
+            r[name] for r in rows(tmp_path / "parts") if name in r
+        ][-1]
+
+
+def test_patience_ends_a_run(ground, tmp_path):
+    chosen = config(ground, tmp_path, patience=2, eval_every=1, min_delta=100.0)
+    result = Run(setup(chosen)).train()
+    assert result.ended == "patience" and result.step == 3
+
+
+def test_the_rate_falls_on_a_plateau(ground, tmp_path):
+    optim = {"rate": 1e-2, "schedule": "reduce_on_plateau", "plateau_patience": 0, "plateau_factor": 0.5}
+    chosen = config(ground, tmp_path, optim=optim, eval_every=1, log_every=1, steps=4, min_delta=100.0)
+    Run(setup(chosen)).train()
+    rates = [row["learning_rate"] for row in rows(tmp_path) if "learning_rate" in row]
+    np.testing.assert_allclose(rates, [1e-2, 1e-2, 0.5e-2, 0.25e-2], rtol=1e-6)
+
+
+def test_rotation_keeps_the_newest_and_the_best(ground, tmp_path):
+    job = setup(config(ground, tmp_path / "run"))
+    import dataclasses
+
+    kept = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.2)):
+        kept.save(dataclasses.replace(job.state, step=jax.numpy.int32(step)), {"step": step}, loss)
+        kept.wait()
+    assert kept.steps == [2, 4, 5] and kept.best == 2 and kept.latest == 5
+    _, about = kept.restore(job.state, 2)
+    assert about == {"step": 2}
+
+
+PROGRAM = """
+import sys
+from jaxlm.train.config import read
+from jaxlm.train.loop import Run
+from jaxlm.train.setup import setup
+print(Run(setup(read(sys.argv[1]))).train().ended, flush=True)
+"""
+
+
+def begin(settings: TrainConfig, file: Path, program: str = PROGRAM) -> subprocess.Popen:
+    file.write_text(yaml.safe_dump(plain(settings)))
+    return subprocess.Popen([sys.executable, "-c", program, str(file)], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(what, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_exits(ground, tmp_path):
+    long = config(ground, tmp_path / "run", steps=100_000, eval_every=0, log_every=1)
+    process = begin(long, tmp_path / "run.yaml")
+    log = tmp_path / "run/metrics.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text().count("\n") > 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0].strip() == "SIGTERM"
+    saved = Checkpoints(tmp_path / "run/checkpoints")
+    assert saved.latest == rows(tmp_path / "run")[-1]["step"]
+
+
+SAVES = """
+import dataclasses, sys, jax, jax.numpy as jnp
+from pathlib import Path
+from jaxlm.train.checkpoint import Checkpoints
+from jaxlm.train.optimizer import Optimizer
+from jaxlm.train.schedules import Schedule
+from jaxlm.train.step import init_state
+made = Optimizer(schedule=Schedule(name="constant", steps=1)).make()
+state = init_state({"params": {"w": jnp.zeros((64, 1024))}}, made, jax.random.key(0))
+saved = Checkpoints(Path(sys.argv[1]))
+step = saved.latest or 0
+if step:
+    state, _ = saved.restore(state)
+    assert (state.trainable["params"]["w"] == step).all(), "not what was saved"
+while True:
+    step += 1
+    w = jnp.full((64, 1024), float(step))
+    saved.save(dataclasses.replace(state, step=jnp.int32(step), trainable={"params": {"w": w}}), {"step": step})
+    saved.wait()
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
+    """SIGKILL at 20 random points: whatever was reported as saved restores, whole, in the next process."""
+    rng, saved = np.random.default_rng(0), 0
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        line = process.stdout.readline()
+        assert line, "the checkpoint before the kill could not be restored"
+        assert int(line) > saved
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        saved = max([int(line), *map(int, process.stdout.read().split())])
+    assert saved > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimm": {}}, "unknown setting 'optimm', did you mean 'optim'"),
+        ({"optim": {"rat": 1}}, "optim: unknown setting 'rat', did you mean 'rate'"),
+        ({"steps": "many"}, "steps='many': expected int, found str"),
+        ({"optim": {"rate": "1e-3x"}}, "optim: rate='1e-3x': expected float"),
+        ({"precision": "bf16"}, "precision='bf16': expected one of float32"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"steps": 0, "epochs": 0}, "expected one of them above 0"),
+        ({"patience": 1, "eval_every": 0}, "patience needs data.eval and eval_every"),
+        ({"data": {"seq_len": 8}}, "data: train must be given"),
+        ({"trainable": {"a": 1}}, "expected a list"),
+    ],
+)
+def test_bad_settings(ground, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        config(ground, tmp_path, **change)
+
+
+def test_settings_come_back_from_yaml(ground, tmp_path):
+    made = config(ground, tmp_path, profile=[2, 3], optim={"rates": {"params/embed": 0.5}})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain(made)))
+    assert read(tmp_path / "run.yaml") == made
+    changed = read(tmp_path / "run.yaml", ["optim.rate=3e-4", "data.seq_len=16"])
+    assert changed.optim.rate == 3e-4 and changed.data.seq_len == 16
+    with pytest.raises(ValueError, match="'steps': expected NAME=VALUE"):
+        read(tmp_path / "run.yaml", ["steps"])
+
+
+def test_another_run_in_the_directory_is_refused(ground, tmp_path):
+    Run(setup(config(ground, tmp_path, steps=1, eval_every=0)))
+    with pytest.raises(ValueError, match="holds a run with other settings, which would not go on: seed: 0 -> 1"):
+        Run(setup(config(ground, tmp_path, steps=1, eval_every=0, seed=1)))
+    with pytest.raises(ValueError, match="holds a run already"):
+        Run(setup(config(ground, tmp_path, steps=1, eval_every=0, resume=False)))
+
+
+def test_the_command(ground, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain(config(ground, tmp_path / "run", steps=2))))
+    assert main(["train", str(tmp_path / "run.yaml"), "log_every=1", "--dry-run"]) == 0
+    assert "8 rows (2 x 4), 256 tokens" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "run.yaml"), "log_every=1"]) == 0
+    assert "done" in capsys.readouterr().out and (tmp_path / "run/model/model.safetensors").is_file()
+    assert main(["train", str(tmp_path / "run.yaml"), "optim.rat=1"]) == 2
+    assert "did you mean 'rate'" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
