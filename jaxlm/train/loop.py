@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.config import plain
 from jaxlm.train.metrics import Sink, plot, sinks, utilization
+from jaxlm.train.placement import place_batch
 from jaxlm.train.setup import Job
 from jaxlm.train.step import TrainState, make_eval_step, make_train_step
 
@@ -71,7 +72,9 @@ class Run:
         self._check_settings()
         self.checkpoints = Checkpoints(self.out / "checkpoints", job.config.keep)
         clip = job.config.optim.clip or None
-        self.step_function = make_train_step(job.loss, job.optimizer, job.settings, clip=clip)
+        self.step_function = make_train_step(
+            job.loss, job.optimizer, job.settings, clip=clip, shardings=job.shardings
+        )  # fmt: skip
         self.eval_function = make_eval_step(job.loss)
         self.memory = _Memory()
         self._why: str | None = None
@@ -112,7 +115,9 @@ class Run:
         batches = self.job.train.iterate(start, stop=steps)
         while step < steps and self._why is None:
             with self._traced(step):
-                state, metrics = self.step_function(state, _split(next(batches), config.accumulate))
+                batch = _split(next(batches), config.accumulate)
+                batch = place_batch(batch, self.job.mesh, lead=int(config.accumulate > 1))
+                state, metrics = self.step_function(state, batch)
             window.append(metrics)
             step += 1
             if self.on_step:
@@ -132,10 +137,16 @@ class Run:
         found = jax.device_get(window)
         weights = np.array([m["weight"] for m in found])
         keep = np.array([m["skipped"] == 0 for m in found])
-        mean = lambda name: float((np.array([m[name] for m in found])[keep] * weights[keep]).sum() / weights[keep].sum())
+        mean = lambda name: float(
+            (np.array([m[name] for m in found])[keep] * weights[keep]).sum() / weights[keep].sum()
+        )
         tokens = len(found) * self.job.train.batch_size * self.job.train.seq_len
         self.memory.tokens += float(weights.sum())
-        values = {name: mean(name) for name in found[0] if name in ("loss", "nll", "accuracy", "router_loss")} if keep.any() else {}
+        values = (
+            {name: mean(name) for name in found[0] if name in ("loss", "nll", "accuracy", "router_loss")}
+            if keep.any()
+            else {}
+        )
         last = found[-1]
         values |= {name: float(last[name]) for name in ("learning_rate", "grad_norm", "loss_scale") if name in last}
         values |= {
@@ -158,7 +169,9 @@ class Run:
         count = min(len(batches), config.eval_batches or len(batches))
         sums: dict[str, float] = {}
         for i in range(count):
-            for name, value in jax.device_get(self.eval_function(state, dict(batches[i]))).items():
+            for name, value in jax.device_get(
+                self.eval_function(state, place_batch(batches[i], self.job.mesh))
+            ).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         weight = sums.pop("weight")
         values = {f"eval_{name}": value / weight for name, value in sums.items()}

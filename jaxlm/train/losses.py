@@ -46,7 +46,9 @@ Sums = dict[str, Array]  # float32 scalars: nll, z, correct; each a weighted sum
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def cross_entropy(spec: CrossEntropy, hidden: Array, table: Array, targets: Array, weights: Array) -> tuple[Array, Sums]:
+def cross_entropy(
+    spec: CrossEntropy, hidden: Array, table: Array, targets: Array, weights: Array
+) -> tuple[Array, Sums]:
     """hidden [B, T, D], table [V, D], targets [B, T] int, weights [B, T] -> the weighted sum of losses, and its parts.
 
     Products run in hidden's dtype with float32 accumulation. A target of -100 counts for nothing. Only the first output

@@ -77,7 +77,9 @@ def sinks(names: Sequence[str], directory: Path, settings: Mapping[str, Any]) ->
                 raise ValueError(f"report {name!r} needs a package that is not installed: pip install {name}")
             made.append(Tracker(importlib.import_module(name), directory.name, settings))
         else:
-            made.append(Jsonl(directory / "metrics.jsonl") if name == "jsonl" else TensorBoard(directory / "tensorboard"))
+            made.append(
+                Jsonl(directory / "metrics.jsonl") if name == "jsonl" else TensorBoard(directory / "tensorboard")
+            )
     return made
 
 

@@ -38,9 +38,7 @@ class Objective:
         inner, noise = (None, None) if rng is None else jax.random.split(rng)
         options = {"adapters": variables["adapters"]} if variables.get("adapters") is not None else {}
         params = variables["params"]
-        x = self.backbone.embed(
-            self.config, params, tokens, positions=positions, rng=inner, runtime=self.runtime
-        )
+        x = self.backbone.embed(self.config, params, tokens, positions=positions, rng=inner, runtime=self.runtime)
         if self.neftune and noise is not None:
             size = self.neftune / (x.shape[1] * x.shape[2]) ** 0.5
             x = x + jax.random.uniform(noise, x.shape, x.dtype, -size, size)
@@ -60,7 +58,11 @@ def causal_lm(objective: Objective) -> Loss:
     """Predicts targets [B, T]; -100 is no target; `weights` [B, T] of a batch weigh its targets."""
     c = objective.config
     spec = CrossEntropy(
-        smoothing=objective.smoothing, z=objective.z, chunk=objective.chunk, scale=c.logit_scale, softcap=c.logit_softcap
+        smoothing=objective.smoothing,
+        z=objective.z,
+        chunk=objective.chunk,
+        scale=c.logit_scale,
+        softcap=c.logit_softcap,
     )
 
     def loss(variables: Tree, batch: Batch, rng: Array | None):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from jaxlm import api
 from jaxlm.data.fim import Fim
@@ -15,10 +16,13 @@ from jaxlm.data.pipeline import Batches
 from jaxlm.data.prepare import PrepareConfig, load_tokenizer, prepare
 from jaxlm.model import Model
 from jaxlm.models.decoder import Runtime
+from jaxlm.parallel.mesh import make_mesh, parse_preset
+from jaxlm.parallel.sharding import Replicated
 from jaxlm.train.config import TrainConfig
 from jaxlm.train.metrics import flops_per_token
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import Optimizer
+from jaxlm.train.placement import state_shardings
 from jaxlm.train.scaler import loss_scale
 from jaxlm.train.step import Loss, TrainState, init_state
 
@@ -39,6 +43,9 @@ class Job:
     loss: Loss
     state: TrainState
     flops: float  # of a token's forward and backward pass
+    mesh: Mesh | None = None
+    shardings: TrainState | None = None
+    whole: tuple[Replicated, ...] = ()  # dimensions that do not divide over the mesh
 
     @property
     def trainable(self) -> int:
@@ -53,6 +60,7 @@ class Job:
             ("model", f"{c.model}: {total:,} parameters, {self.trainable:,} of them train ({self.trainable / total:.2%})"),
             ("computes in", f"{c.precision}, remat {c.remat}, attention {c.attention or 'chosen per call'}"),
             ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {c.mesh or 'none'}"),
+            *(("not cut", f"{r.path}: {r.axis}={r.size} does not divide over {r.over}") for r in self.whole),
             ("data", f"{len(data.pieces):,} pieces in {len(data.pieces.length):,} rows, {data.mode}ed to {data.seq_len}; "
                      f"{data.efficiency:.1%} of the tokens are no padding"),
             ("steps", f"{self.steps:,} = {data.epoch(self.steps):.2f} epochs of {data.steps_per_epoch:,}"),
@@ -89,7 +97,22 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
     c = model.config
     embedding = 0 if c.tie_embeddings else c.vocab_size * c.d_model
     flops = flops_per_token(_count(variables), embedding, len(c.kinds), c.d_model, config.data.seq_len)
-    return Job(config, model, train, evaluated, steps, settings, optimizer, causal_lm(objective), state, flops)
+    job = Job(config, model, train, evaluated, steps, settings, optimizer, causal_lm(objective), state, flops)
+    return job if config.mesh is None else _on_mesh(job)
+
+
+def _on_mesh(job: Job) -> Job:
+    """The job with its state placed on the mesh."""
+    assert job.config.mesh is not None
+    if others := set(parse_preset(job.config.mesh)) - {"data", "fsdp"}:
+        raise ValueError(
+            f"mesh={job.config.mesh!r}: training runs over data and fsdp, not yet over {', '.join(others)}"
+        )
+    mesh = make_mesh(job.config.mesh)
+    axes = {"params": job.model.family.backbone.logical_axes(job.model.config)}
+    placed, whole = state_shardings(job.state, axes, job.optimizer, mesh)
+    state = jax.device_put(job.state, placed)
+    return dataclasses.replace(job, state=state, mesh=mesh, shardings=placed, whole=tuple(whole))
 
 
 def _model(config: TrainConfig) -> Model:

@@ -64,9 +64,14 @@ def init_state(
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, settings: Optimizer, *, clip: float | None = 1.0
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    settings: Optimizer,
+    *,
+    clip: float | None = 1.0,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted update; the state's buffers are donated.
+    """The jitted update; the state's buffers are donated. shardings: where on a mesh the state stays.
 
     A batch whose arrays are [A, B, ...] is accumulated over its A micro-batches; their losses and weights are summed
     and divided once, so that every target counts the same however targets fall into micro-batches. clip is the
@@ -104,7 +109,8 @@ def make_train_step(
             metrics["loss_scale"] = state.scale.scale
         return after, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    placed = {"out_shardings": (shardings, None)} if shardings is not None else {}
+    return jax.jit(step, donate_argnums=0, **placed)
 
 
 def make_eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:

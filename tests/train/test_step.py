@@ -150,7 +150,9 @@ def test_frozen_leaves_have_no_gradient_and_no_state(config):
     state, _ = make_train_step(lm(config), optimizer, settings)(state, batch())
     for a, b in zip(*map(jax.tree.leaves, (frozen, state.frozen)), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match=r"trainable: 'params/layer/\*' matches no parameter; there are params/embed/w"):
+    with pytest.raises(
+        ValueError, match=r"trainable: 'params/layer/\*' matches no parameter; there are params/embed/w"
+    ):
         init_state(values, optimizer, jax.random.key(0), trainable=("params/layer/*",))
 
 

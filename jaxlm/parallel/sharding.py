@@ -1,0 +1,91 @@
+"""The one table from logical axes to mesh axes, and the shardings that follow from it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Tree = Any
+MeshAxes = str | tuple[str, ...] | None
+
+# Logical axis -> mesh axes. A weight is cut along its model width by fsdp and along heads, features or vocabulary by
+# tensor; whatever is not named here is an error, not a replica.
+RULES: tuple[tuple[str, MeshAxes], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", "sequence"),
+    ("embed", "fsdp"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("experts", "expert"),
+    ("layers", None),
+    ("head_dim", None),
+    ("positions", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """A dimension that could not be cut: its size does not divide over the mesh axes."""
+
+    path: str
+    axis: str
+    size: int
+    over: int
+
+
+def spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+) -> tuple[PartitionSpec, list[tuple[str, int, int]]]:
+    """The PartitionSpec of an array with these logical axes, and the (axis, size, over) that do not divide.
+
+    ValueError for an unknown axis, and where one mesh axis would cut two dimensions.
+    """
+    table, parts, failed = dict(RULES), [], []
+    for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in table:
+            raise ValueError(f"unknown logical axis {name!r}; there are {', '.join(table)}")
+        wanted = None if name is None else table[name]
+        wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
+        wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
+        over = int(np.prod([mesh.shape[axis] for axis in wanted]))
+        if over > 1 and size % over:
+            failed.append((name, size, over))
+            wanted = ()
+        parts.append(wanted if len(wanted) != 1 else wanted[0])
+    used = [axis for part in parts for axis in ((part,) if isinstance(part, str) else part)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {tuple(axes)} would use a mesh axis twice: {parts}")
+    return PartitionSpec(*(part or None for part in parts)), failed
+
+
+def shardings(axes: Tree, shapes: Tree, mesh: Mesh) -> tuple[Tree, list[Replicated]]:
+    """The NamedSharding of every leaf, and the dimensions that stay whole because they do not divide."""
+    failed: list[Replicated] = []
+
+    def one(path, names, leaf):
+        made, bad = spec(names, leaf.shape, mesh)
+        where = "/".join(str(getattr(key, "key", key)) for key in path)
+        failed.extend(Replicated(where, *rest) for rest in bad)
+        return NamedSharding(mesh, made)
+
+    is_axes = lambda x: isinstance(x, tuple)
+    return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=is_axes), failed
+
+
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh, lead: int = 0) -> dict[str, NamedSharding]:
+    """Rows over data and fsdp; `lead` dimensions before them (micro-batches) stay whole. ValueError if rows do not
+    divide."""
+    made = {}
+    for name, array in batch.items():
+        axes = (*(None,) * lead, "batch", *(None,) * (len(array.shape) - lead - 1))
+        made_spec, failed = spec(axes, array.shape, mesh)
+        if failed:
+            _, size, over = failed[0]
+            raise ValueError(f"batch {name!r}: {size} rows do not divide over {over} devices (data x fsdp)")
+        made[name] = NamedSharding(mesh, made_spec)
+    return made

@@ -1,0 +1,68 @@
+"""Meshes and shardings: what a preset means, and what is refused."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.models import decoder
+from jaxlm.models.registry import family
+from jaxlm.parallel.mesh import AXES, make_mesh, parse_preset
+from jaxlm.parallel.sharding import batch_shardings, shardings, spec
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}  # fmt: skip
+
+
+def test_presets():
+    assert parse_preset("fsdp=4, tensor=2") == {"fsdp": 4, "tensor": 2}
+    mesh = make_mesh("fsdp=4,tensor=2")
+    assert mesh.axis_names == AXES and dict(mesh.shape)["fsdp"] == 4 and mesh.size == 8
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("fdsp=8", "unknown axis 'fdsp', did you mean 'fsdp'"),
+        ("fsdp", "expected fsdp=SIZE"),
+        ("fsdp=0", "expected fsdp=SIZE"),
+        ("data=2,data=4", "data is given twice"),
+        ("fsdp=3", "is for 3 devices; there are 8"),
+    ],
+)
+def test_bad_presets(preset, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(preset)
+
+
+def test_specs():
+    mesh = make_mesh("fsdp=4,tensor=2")
+    assert spec(("layers", "embed", "heads", "head_dim"), (2, 16, 4, 8), mesh)[0] == P(None, "fsdp", "tensor", None)
+    assert spec(("vocab", "embed"), (61, 16), mesh) == (P(None, "fsdp"), [("vocab", 61, 2)])
+    with pytest.raises(ValueError, match="unknown logical axis 'width'"):
+        spec(("width",), (8,), mesh)
+    with pytest.raises(ValueError, match="would use a mesh axis twice"):
+        spec(("embed", "embed"), (16, 16), mesh)
+
+
+def test_every_parameter_of_a_model_has_a_sharding():
+    config = family("llama").config(CONFIG)
+    shapes = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+    made, whole = shardings(decoder.logical_axes(config), shapes, make_mesh("fsdp=8"))
+    assert jax.tree.structure(made) == jax.tree.structure(shapes) and not whole
+    cut = jax.tree.map(lambda s, a: np.prod(s.shard_shape(a.shape)) / a.size, made, shapes)
+    assert cut["embed"]["w"] == cut["layers"]["attn"]["q"]["w"] == cut["layers"]["mlp"]["down"]["w"] == 1 / 8
+    _, whole = shardings(decoder.logical_axes(config), shapes, make_mesh("tensor=8"))
+    assert {(r.path, r.axis, r.size) for r in whole} >= {("layers/attn/k/w", "kv_heads", 2), ("embed/w", "vocab", 61)}
+
+
+def test_batches():
+    mesh = make_mesh("data=2,fsdp=4")
+    assert batch_shardings({"tokens": np.zeros((2, 8, 5))}, mesh, lead=1)["tokens"].spec == P(
+        None, ("data", "fsdp"), None
+    )
+    with pytest.raises(ValueError, match="6 rows do not divide over 8 devices"):
+        batch_shardings({"tokens": np.zeros((6, 5))}, mesh)
