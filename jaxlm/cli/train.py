@@ -71,9 +71,8 @@ class Printer:
         err.print(made, highlight=False)
 
     def on_log(self, run, step: int, values: dict[str, float]) -> None:
-        shown = [f"{values.get(name, float('nan')):{kind}}" for name, kind in
-                 (("loss", ".4f"), ("learning_rate", ".2e"), ("grad_norm", ".3f"), ("tokens_per_second", ",.0f"))]  # fmt: skip
-        self.line(f"{step:,}", *shown, "")
+        kinds = {"loss": ".4f", "learning_rate": ".2e", "grad_norm": ".3f", "tokens_per_second": ",.0f"}
+        self.line(f"{step:,}", *(f"{values.get(name, float('nan')):{kind}}" for name, kind in kinds.items()), "")
 
     def on_evaluate(self, run, step: int, values: dict[str, float]) -> None:
         self.line(f"{step:,}", "", "", "", "", f"{values['eval_loss']:.4f}")

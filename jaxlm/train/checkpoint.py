@@ -62,9 +62,9 @@ class Checkpoints:
             self.latest if step is None else step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(target), about=ocp.args.JsonRestore()),
         )
-        values = dict(found.state)
+        values = dict(found["state"])
         values["key"] = jax.random.wrap_key_data(values["key"])
-        return dataclasses.replace(state, **values), found.about
+        return dataclasses.replace(state, **values), found["about"]
 
     def wait(self) -> None:
         """Returns when everything asked for is on disk."""

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from jaxlm.train.step import TrainState, make_eval_step, make_train_step
 FINAL = "model"
 
 
-class Callback:
+class Callback(Protocol):
     """What may be told of a run; everything is a Python number by then, and nothing waits for the device.
 
     `run.stop("why")` ends it after the present step.

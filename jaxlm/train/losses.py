@@ -96,12 +96,12 @@ def _run(spec: CrossEntropy, hidden, table, targets, weights, gradients: bool):
     start = jax.tree.map(jnp.float32, zero), jnp.zeros((v, d) if gradients else (), jnp.float32)
     pieces = cut(hidden), cut(jnp.where(targets == IGNORE, 0, targets)), cut(weights)
     if n == 1:
-        (sums, dtable), dhidden = step(start, jax.tree.map(lambda a: a[0], pieces))
-        dhidden = dhidden[None] if gradients else None
+        (sums, dtable), only = step(start, jax.tree.map(lambda a: a[0], pieces))
+        dhidden = None if only is None else only[None]
     else:
         (sums, dtable), dhidden = jax.lax.scan(step, start, pieces)
     out = sums.pop("loss"), sums
-    if not gradients:
+    if dhidden is None:
         return out, None
     dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(b, n * chunk, d)[:, :t]
     return out, (dhidden, dtable.astype(table.dtype))

@@ -24,7 +24,7 @@ class Objective:
 
     backbone: ModuleType
     config: Any
-    runtime: Runtime = Runtime()
+    runtime: Runtime = dataclasses.field(default_factory=Runtime)
     neftune: float = 0.0
     router: float = 0.0
     smoothing: float = 0.0
@@ -69,8 +69,11 @@ def causal_lm(objective: Objective) -> Loss:
         hidden, aux = objective.hidden(variables, batch, rng)
         params, targets = variables["params"], batch["targets"]
         table = params["embed" if c.tie_embeddings else "head"]["w"]
-        weights = (targets != IGNORE).astype(jnp.float32) * batch.get("weights", jnp.float32(1))
-        total, sums = cross_entropy(spec, hidden, table, targets, weights)
+        weights = (targets != IGNORE).astype(jnp.float32)
+        if "weights" in batch:
+            weights = weights * batch["weights"]
+        result: Any = cross_entropy(spec, hidden, table, targets, weights)  # custom_vjp hides the type
+        total, sums = result
         metrics = {"nll": sums["nll"], "accuracy": sums["correct"]}
         return objective.add_router(total, weights.sum(), aux, metrics)
 

@@ -107,7 +107,7 @@ def _is_axes(x: Any) -> bool:
 
 
 def _matrix(path: str, axes: tuple[str | None, ...]) -> Any:
-    """Which dims of a layer's weight are the rows and columns of a matrix: "embed" on one side, the rest on the other."""
+    """Which dims of a layer's weight are rows and columns of a matrix: "embed" on one side, the rest on the other."""
     batch = [i for i, name in enumerate(axes) if name in ("layers", "experts")]
     inner = [i for i in range(len(axes)) if i not in batch]
     embed = [i for i in inner if axes[i] == "embed"]

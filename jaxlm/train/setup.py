@@ -57,17 +57,17 @@ class Job:
         rows = data.batch_size
         total = _count(self.state.variables)
         lines = [
-            ("model", f"{c.model}: {total:,} parameters, {self.trainable:,} of them train ({self.trainable / total:.2%})"),
+            ("model", f"{c.model}: {total:,} parameters, of which {self.trainable:,} train ({self.trainable / total:.2%})"),
             ("computes in", f"{c.precision}, remat {c.remat}, attention {c.attention or 'chosen per call'}"),
             ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {c.mesh or 'none'}"),
             *(("not cut", f"{r.path}: {r.axis}={r.size} does not divide over {r.over}") for r in self.whole),
-            ("data", f"{len(data.pieces):,} pieces in {len(data.pieces.length):,} rows, {data.mode}ed to {data.seq_len}; "
+            ("data", f"{len(data.cache):,} examples in {data.rows_per_epoch:,} rows of {data.seq_len} ({data.mode}); "
                      f"{data.efficiency:.1%} of the tokens are no padding"),
             ("steps", f"{self.steps:,} = {data.epoch(self.steps):.2f} epochs of {data.steps_per_epoch:,}"),
             ("a step", f"{rows} rows ({c.accumulate} x {rows // c.accumulate}), {rows * data.seq_len:,} tokens"),
             ("optimizer", f"{o.name}, rate {o.rate:g} {o.schedule}, warm-up {self.settings.schedule.warmup}, "
                           f"decay {o.weight_decay:g}, clip {o.clip or 'none'}"),
-            ("evaluation", f"every {c.eval_every or self.steps} steps, {len(self.eval):,} batches" if self.eval else "none"),
+            ("evaluation", f"every {c.eval_every or self.steps} steps, {len(self.eval)} batches" if self.eval else "none"),
             ("output", c.out),
         ]  # fmt: skip
         return lines
@@ -82,7 +82,7 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
     if config.data.eval:
         evaluated = _batches(config, config.data.eval, tokenizer, "eval", progress)
     _check_vocabulary(train, model)
-    steps = config.steps or math.ceil(config.epochs * len(train._layout) / train.batch_size)
+    steps = config.steps or math.ceil(config.epochs * train.rows_per_epoch / train.batch_size)
     settings = config.optim.make(steps)
     backbone = model.family.backbone
     optimizer = settings.make({"params": backbone.logical_axes(model.config)})

@@ -97,7 +97,7 @@ def make_train_step(
             key=key,
             scale=state.scale.update(finite) if state.scale else None,
         )
-        metrics = {name: value / weight for name, value in found.items()}
+        metrics = jax.tree.map(lambda value: value / weight, found)
         metrics |= {
             "loss": total / weight,
             "weight": weight,
@@ -109,7 +109,7 @@ def make_train_step(
             metrics["loss_scale"] = state.scale.scale
         return after, metrics
 
-    placed = {"out_shardings": (shardings, None)} if shardings is not None else {}
+    placed: dict[str, Any] = {"out_shardings": (shardings, None)} if shardings is not None else {}
     return jax.jit(step, donate_argnums=0, **placed)
 
 

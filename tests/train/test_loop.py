@@ -43,7 +43,8 @@ def ground(tmp_path_factory) -> Path:
 def config(ground: Path, out: Path, **settings) -> TrainConfig:
     given = {
         "model": str(ground / "config.json"), "tokenizer": str(ground / "tokenizer"), "out": str(out), "steps": 12,
-        "data": {"train": str(ground / "train.jsonl"), "eval": str(ground / "eval.jsonl"), "seq_len": 32, "batch_size": 4},
+        "data": {"train": str(ground / "train.jsonl"), "eval": str(ground / "eval.jsonl"), "seq_len": 32,
+                 "batch_size": 4},
         "optim": {"rate": 1e-2, "warmup": 0.2, "schedule": "cosine"}, "log_every": 4, "eval_every": 6, "accumulate": 2,
     }  # fmt: skip
     return parse(TrainConfig, given | settings, "test")

@@ -11,8 +11,8 @@ from jaxlm.models import decoder
 from jaxlm.models.registry import family
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import NAMES, Optimizer
-from jaxlm.train.schedules import Schedule
 from jaxlm.train.scaler import loss_scale
+from jaxlm.train.schedules import Schedule
 from jaxlm.train.step import init_state, make_train_step
 
 CONSTANT = Schedule(name="constant", steps=100)
