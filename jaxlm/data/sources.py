@@ -70,9 +70,7 @@ def open_rows(
     return joined([make[kinds[file]](file) for file in files])
 
 
-def _dataset(
-    parts: Sequence[str | Path], kind: str | None
-) -> Callable[[str | None, str | None], "HuggingFace"] | None:
+def _dataset(parts: Sequence[str | Path], kind: str | None) -> Callable[[str | None, str | None], "HuggingFace"] | None:
     """How to open a data set of the `datasets` package, if that is what a source is."""
     source, directory = parts[0], Path(parts[0])
     if len(parts) > 1:
