@@ -83,10 +83,14 @@ def prepare(
         if tokenizer is None:
             raise ValueError(f"no tokenizer for {source}: pass --tokenizer SOURCE, that of the model to be trained")
         config = work.make_config({"source": source, **given}, source)
-    start = time.perf_counter()
+    times: list[float] = []
     with progress(f"tokenizing {', '.join(config.source)}", in_bytes=False) as step:
-        cache = work.prepare(config, target, workers=workers, overwrite=overwrite, progress=step)
-    seconds = time.perf_counter() - start
+
+        def told(done: int, total: int) -> None:
+            times.append(time.perf_counter())
+            step(done, total)
+
+        cache = work.prepare(config, target, workers=workers, overwrite=overwrite, progress=told)
     header, rows = cache.header, cache.header.rows
     out.print(
         facts(
@@ -99,7 +103,12 @@ def prepare(
         ),
         highlight=False,
     )
-    err.print(f"{target}: {seconds:.1f} s, {count(int(rows['read'] / seconds))} rows/s", highlight=False)
+    said = "is up to date"
+    if times:
+        seconds = times[-1] - times[0]
+        rows_a_second, tokens_a_second = (count(int(n / seconds)) for n in (rows["read"], header.tokens))
+        said = f"{seconds:.1f} s, {rows_a_second} rows/s, {tokens_a_second} tokens/s"
+    err.print(f"{target}: {said}", highlight=False, soft_wrap=True)
     return 0
 
 

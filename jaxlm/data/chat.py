@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.formats import Example, Format, FormatConfig, Texts, Unusable, checked_text
+from jaxlm.data.formats import Example, Format, FormatConfig, Texts, Unusable, checked_text, shared
 from jaxlm.data.rows import near
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -132,15 +132,20 @@ class Messages(Format):
             texts += [start, end]
 
         def finish(tokens: Sequence[Sequence[int]]) -> Example:
-            ids = list(tokens[0])
-            for n, bound in enumerate(tokens[1:]):
-                if ids[: len(bound)] != list(bound):
-                    what, turn = ("before", "after")[n % 2], turns[n // 2] + 1
+            ids, *bounds = tokens
+            spans, merged = [], False
+            for i, (start, end) in zip(turns, zip(bounds[::2], bounds[1::2], strict=True), strict=True):
+                first, last = shared(start, ids), shared(end, ids)
+                # An answer that begins with white space may share its first token with the template's newline.
+                if first < len(start) - 1 or last < len(end):
+                    what = "before" if first < len(start) - 1 else "after"
                     raise Unusable(
-                        f"the tokens {what} message {turn} change with what follows: the chat template has no special "
+                        f"the tokens {what} message {i + 1} change with what follows: the chat template has no special "
                         f"token there, and a mask would cut a token in two"
                     )
-            return _example(ids, [(len(a), len(b)) for a, b in zip(tokens[1::2], tokens[2::2], strict=True)])
+                merged |= first < len(start)
+                spans.append((first, last))
+            return _example(ids, spans, merged)
 
         return Texts(texts, False, finish)
 
@@ -170,13 +175,13 @@ class ShareGpt(Messages):
     )
 
 
-def _example(ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> Example:
+def _example(ids: Sequence[int], spans: Sequence[tuple[int, int]], merged: bool = False) -> Example:
     mask = np.zeros(len(ids), bool)
     for start, end in spans:
         mask[start:end] = True
     if not mask.any():
         raise Unusable("no token of the assistant: there is nothing to learn")
-    return Example(np.asarray(ids, np.int32), mask)
+    return Example(np.asarray(ids, np.int32), mask, merged)
 
 
 def _parsed(text: str, what: str) -> Any:

@@ -158,10 +158,10 @@ class Prompt(Format):
         prompt, whole = tokens
         if len(prompt) and prompt[-1] == self.tokenizer.eos_token_id:  # added by the tokenizer
             prompt = prompt[:-1]
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        first = shared(prompt, whole)
         ids = self.ended(whole)
-        mask = np.arange(len(ids)) >= (0 if self.config.train_on_prompt else shared)
-        return Example(ids, mask, merged=shared < len(prompt))
+        mask = np.arange(len(ids)) >= (0 if self.config.train_on_prompt else first)
+        return Example(ids, mask, merged=first < len(prompt))
 
 
 # The templates of github.com/tatsu-lab/stanford_alpaca, train.py (Apache-2.0).
@@ -188,6 +188,11 @@ class Alpaca(Prompt):
             input=f"### Input:\n{given}\n\n" if given else "",
         )
         return prompt, self.text(row, "output")
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def checked_text(value: Any, what: str) -> str:
@@ -239,15 +244,11 @@ def examples(
 
 
 def _encode(tokenizer: Any, found: Sequence[Texts]) -> list[list[list[int]]]:
-    """The tokens of all texts: one call with the tokenizer's special tokens, one without."""
-    tokens: dict[bool, list[list[int]]] = {}
+    """The tokens of all texts, each text once: a call with the tokenizer's special tokens, and one without."""
+    tokens: dict[bool, dict[str, list[int]]] = {}
     for special in (True, False):
-        texts = [text for one in found if one.special == special for text in one.texts]
+        texts = list(dict.fromkeys(text for one in found if one.special == special for text in one.texts))
         options = {"add_special_tokens": special, "return_attention_mask": False, "return_token_type_ids": False}
-        tokens[special] = tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
-    made, at = [], {True: 0, False: 0}
-    for one in found:
-        start = at[one.special]
-        at[one.special] += len(one.texts)
-        made.append(tokens[one.special][start : at[one.special]])
-    return made
+        ids = tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
+        tokens[special] = dict(zip(texts, ids, strict=True))
+    return [[tokens[one.special][text] for text in one.texts] for one in found]

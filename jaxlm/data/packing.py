@@ -130,17 +130,25 @@ def by_length(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
     return order[np.argsort((sorted_.max(initial=0) - sorted_).astype(narrow), kind="stable")]
 
 
-def efficiency(lengths: np.ndarray, size: int, buckets: tuple[int, ...] = (), long: str = "split") -> dict[str, float]:
-    """The share of useful tokens (not padding) in rows of `size`: packed, padded, and padded to the next of `buckets`.
+def efficiency(
+    lengths: np.ndarray, size: int, *, buckets: tuple[int, ...] = (), batch_size: int = 0, long: str = "split"
+) -> dict[str, float]:
+    """The share of useful tokens (not padding) in rows of `size`: "pack", "pad", and "bucket" if `buckets` are given.
 
-    One over the other says how many more useful tokens a step of equal cost holds.
+    With `batch_size` also "longest": batches in the order given, padded to their longest example, as other programs do
+    (here every such length would be compiled). One share over another says how many more useful tokens a step of equal
+    cost holds.
     """
     pieces = cut(lengths, size, long)
-    useful = int(pieces.length.sum())
-    made = {"pack": packed(pieces.length, size), "pad": padded(pieces.length, (size,))}
+    made = {"pack": packed(pieces.length, size).size, "pad": padded(pieces.length, (size,)).size}
     if buckets:
-        made["bucket"] = padded(pieces.length, checked_buckets(buckets, size))
-    return {name: useful / max(int(layout.size.sum(dtype=np.int64)), 1) for name, layout in made.items()}
+        made["bucket"] = padded(pieces.length, checked_buckets(buckets, size)).size
+    if batch_size:
+        starts = np.arange(0, len(pieces), batch_size)
+        counts = np.diff(np.append(starts, len(pieces)))
+        made["longest"] = np.maximum.reduceat(pieces.length, starts) * counts
+    useful = int(pieces.length.sum())
+    return {name: useful / int(sizes.sum(dtype=np.int64)) for name, sizes in made.items()}
 
 
 def checked_buckets(buckets: tuple[int, ...], size: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,8 @@ def _write(
     """Writes what comes; returns how many rows there were, and what became of them."""
     counts = {"read": 0, "used": 0, "empty": 0, "bad": 0, "merged": 0}
     first: list[BadRow] = []
+    if progress:
+        progress(0, total)
     for chunk in chunks:
         good = [row for row in chunk if isinstance(row, Example)]
         bad = [row for row in chunk if isinstance(row, BadRow)]
@@ -238,6 +241,7 @@ _worker: tuple[Format, Rows] | None = None  # what this process works on, where 
 
 def _begin_work(made: Format, rows: Rows) -> None:
     global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are enough
     _worker = made, rows
 
 

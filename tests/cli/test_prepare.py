@@ -23,6 +23,8 @@ def test_prepare(cli, tiny, chats, tmp_path):
     assert code == 0, err
     assert "20 of 20 rows" in out and "(uint16)" in out and "100 to be predicted" in out and "rows/s" in err
     assert open_cache(tmp_path / "out").header.loss_tokens == 100
+    code, out, err = cli("prepare", chats, tmp_path / "out", *options, "--ignore-column", "id")
+    assert code == 0 and "20 of 20 rows" in out and "is up to date" in err
 
 
 def test_bad_rows(cli, tiny, chats, tmp_path):

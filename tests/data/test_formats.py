@@ -167,10 +167,17 @@ def test_a_template_that_takes_back_what_it_wrote():
 
 
 def test_a_template_without_special_tokens():
-    merges = [(":", "Y")]
-    found = reason({"messages": TALK[1:]}, "messages", PLAIN, merges)
-    assert found.startswith("the tokens before message 4 change with what follows")
-    assert [text for text, on in parts(run({"messages": TALK[1:3]}, "messages", PLAIN, merges)) if on] == ["Hello\n"]
+    def with_loss(merges):
+        example = run({"messages": TALK[1:]}, "messages", PLAIN, merges)
+        return [text for text, on in parts(example, PLAIN, merges) if on], example.merged
+
+    assert with_loss([]) == (["Hello\n", "Yes?\n"], False)
+    # An answer's first token may begin in the prompt, but its last one may not reach into the next turn.
+    assert with_loss([(":", "Y")]) == (["Hello\n", ":Yes?\n"], True)
+    found = reason({"messages": TALK[1:]}, "messages", PLAIN, [("Ċ", "u")])
+    assert found.startswith("the tokens after message 2 change with what follows")
+    found = reason({"messages": TALK[1:3]}, "messages", PLAIN, [(":", "H"), ("t", ":H")])
+    assert found.startswith("the tokens before message 2 change with what follows")
 
 
 def test_a_template_that_leaves_a_message_out():

@@ -94,10 +94,12 @@ def test_long_examples_as_an_error():
 
 def test_efficiency_on_a_long_tail():
     """What the benchmark of packed against padded training stands on: at least 1.8 times the useful tokens."""
-    shares = efficiency(long_tailed(20_000), 2048, buckets=(128, 256, 512, 1024))
+    shares = efficiency(long_tailed(20_000), 2048, buckets=(128, 256, 512, 1024), batch_size=8)
     print({name: round(share, 4) for name, share in shares.items()})
     assert shares["pack"] > 0.995 and shares["pad"] < 0.15 and 0.6 < shares["bucket"] < 0.8
-    assert efficiency(np.array([2, 2, 3]), 4) == {"pack": 7 / 8, "pad": 7 / 12}
+    assert shares["pack"] > 1.8 * shares["longest"] > 1.8 * shares["pad"]
+    assert efficiency(np.array([2, 2, 3]), 4, batch_size=2) == {"pack": 7 / 8, "pad": 7 / 12, "longest": 1}
+    assert efficiency(np.array([1, 2, 3]), 4, batch_size=2) == {"pack": 6 / 8, "pad": 6 / 12, "longest": 6 / 7}
 
 
 def test_a_million_examples_in_seconds():

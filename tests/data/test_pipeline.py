@@ -30,7 +30,7 @@ def tokens(tmp_path_factory, lengths):
 
 
 def make(tokens, mode="pack", **options):
-    return Batches(tokens, 4, 16, **{"mode": mode, "seed": 1, **MODES[mode], **options})
+    return Batches(tokens, **{"batch_size": 4, "seq_len": 16, "mode": mode, "seed": 1, **MODES[mode], **options})
 
 
 def same(a, b):
@@ -87,8 +87,21 @@ def test_epochs_follow_each_other_without_a_gap(tokens):
     for epoch in range(3):
         part = stream[epoch * rows : (epoch + 1) * rows]
         assert sorted(part[part > 0]) == list(range(1, tokens.header.tokens + 1))
-    assert not np.array_equal(stream[:rows], stream[rows : 2 * rows])
     assert batches.epoch(0) == 0 and batches.epoch(rows) == 4
+
+
+@modes
+def test_every_epoch_has_its_own_order(tokens, mode):
+    batches = make(tokens, mode, batch_size=1)
+    rows = batches.steps_per_epoch
+    first, second = ([batches[step] for step in range(e * rows, (e + 1) * rows)] for e in range(2))
+    # Which places of the layout come when, and, where there is a choice, which examples stand together.
+    places = [[(row["tokens"].shape[1], (row["segments"] > 0).sum()) for row in part] for part in (first, second)]
+    together = [{tuple(row["tokens"][0]) for row in part} for part in (first, second)]
+    assert sorted(places[0]) == sorted(places[1]) and places[0] != places[1]
+    assert (together[0] != together[1]) == (mode == "pack")
+    if mode == "bucket":
+        assert [size for size, _ in places[0]] != [size for size, _ in places[1]]
 
 
 @modes
