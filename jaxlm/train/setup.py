@@ -56,8 +56,10 @@ class Job:
         c, o, data = self.config, self.config.optim, self.train
         rows = data.batch_size
         total = _count(self.state.variables)
+        every = f"every {c.eval_every or self.steps} steps, {len(self.eval)} batches" if self.eval else "none"
+        some = f"{self.trainable:,} of them train ({self.trainable / total:.2%})"
         lines = [
-            ("model", f"{c.model}: {total:,} parameters, of which {self.trainable:,} train ({self.trainable / total:.2%})"),
+            ("model", f"{c.model}: {total:,} parameters, {some}"),
             ("computes in", f"{c.precision}, remat {c.remat}, attention {c.attention or 'chosen per call'}"),
             ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {c.mesh or 'none'}"),
             *(("not cut", f"{r.path}: {r.axis}={r.size} does not divide over {r.over}") for r in self.whole),
@@ -67,7 +69,7 @@ class Job:
             ("a step", f"{rows} rows ({c.accumulate} x {rows // c.accumulate}), {rows * data.seq_len:,} tokens"),
             ("optimizer", f"{o.name}, rate {o.rate:g} {o.schedule}, warm-up {self.settings.schedule.warmup}, "
                           f"decay {o.weight_decay:g}, clip {o.clip or 'none'}"),
-            ("evaluation", f"every {c.eval_every or self.steps} steps, {len(self.eval)} batches" if self.eval else "none"),
+            ("evaluation", every),
             ("output", c.out),
         ]  # fmt: skip
         return lines

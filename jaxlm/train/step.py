@@ -85,7 +85,8 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         if clip is not None:
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), grads)
+            shrink = jnp.minimum(1.0, jnp.asarray(clip) / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
         updates, moved = optimizer.update(grads, state.optimizer, state.trainable)
         updates = jax.tree.map(lambda u: u * state.lr_scale.astype(u.dtype), updates)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
