@@ -1,6 +1,7 @@
 """Adapters from and to the peft package, on tiny models: the same logits both ways, the same tensors bit for bit, and
 errors for what would change the result."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -8,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -19,6 +21,7 @@ import jaxlm
 from jaxlm.checkpoints import peft as jaxlm_peft
 from jaxlm.checkpoints.adapter_config import INERT, LORA_KEYS, OFF, Lora, from_peft
 from jaxlm.checkpoints.load import flatten, unflatten
+from jaxlm.models import decoder
 from jaxlm.train import adapters as training
 from tests.models.cases import VOCAB
 from tests.models.reference import well_conditioned
@@ -154,6 +157,26 @@ def test_adapters_of_peft(case, tmp_path):
     np.testing.assert_array_equal(their_logits(loaded, tokens), want)
     stored = json.loads((tmp_path / "ours/adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == str(directory)
+
+
+@pytest.mark.parametrize("case", ["llama-dora", "phi3-lora"])
+def test_gradients_are_those_of_peft(case, tmp_path):
+    """Of a sum of squares of the logits: DoRA's norm is a constant to them, a fused pair has one gradient."""
+    name, config = CASES[case]
+    tokens, _ = make(name, config(), tmp_path / "theirs")
+    loaded = peft.PeftModel.from_pretrained(torch_model(name), str(tmp_path / "theirs"), is_trainable=True).double()
+    loaded.eval()(torch.tensor(tokens)).logits.square().sum().backward()
+    adapted = base(name)[1].with_adapters(tmp_path / "theirs")
+    loss = lambda tree: jnp.square(decoder.forward(adapted.config, adapted.params, tokens, adapters=tree)[0]).sum()
+    gradients = jax.jit(jax.grad(loss))(adapted.adapters.tree)
+    table = training.modules_of(adapted.family, adapted.config)
+    jaxlm_peft.write(tmp_path / "ours", dataclasses.replace(adapted.adapters, tree=gradients), table)
+    ours = load_file(tmp_path / "ours/adapter_model.safetensors")
+    theirs = {key.replace(".default", "").removesuffix(".weight"): p.grad for key, p in loaded.named_parameters()}
+    assert len(ours) == sum(grad is not None for grad in theirs.values())
+    for key, got in ours.items():
+        want = theirs[key.removesuffix(".weight")].numpy()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * np.abs(want).max())
 
 
 OURS = {
