@@ -12,13 +12,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def tokens(value: Any, config: Any, *, predicted: int = 0) -> jax.Array:
-    """int32 [B, T] within the vocabulary and the context; the last `predicted` ones need no place in the context."""
+def tokens(value: Any, config: Any, *, predicted: int = 0, virtual: int = 0) -> jax.Array:
+    """int32 [B, T] within the vocabulary and the context; the last `predicted` ones need no place in the context, and
+    `virtual` ones have taken some of it."""
     array = jnp.asarray(value)
     if array.ndim != 2 or 0 in array.shape or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [B, T] with at least one token, got {array.dtype} {array.shape}")
-    if array.shape[1] - predicted > config.max_context:
-        raise ValueError(f"{array.shape[1]} tokens do not fit the model's context of {config.max_context}")
+    if array.shape[1] - predicted + virtual > config.max_context:
+        beside = f" beside {virtual} virtual ones" if virtual else ""
+        raise ValueError(f"{array.shape[1]} tokens{beside} do not fit the model's context of {config.max_context}")
     if not isinstance(array, Tracer):
         _check_vocabulary(np.asarray(array), config)
     return array.astype(jnp.int32)

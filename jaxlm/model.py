@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import inputs, scoring
+from jaxlm import adapted, inputs, scoring
 from jaxlm.checkpoints import files
 from jaxlm.checkpoints.export import staged, write_checkpoint
 from jaxlm.checkpoints.load import Names, Progress, flatten, stored
 from jaxlm.checkpoints.manifest import Manifest
+from jaxlm.checkpoints.peft import Adapters
 from jaxlm.generation.config import GenerationSettings, settings
 from jaxlm.generation.generate import generate
 from jaxlm.generation.loop import Plan, bucket
 from jaxlm.generation.session import Session
+from jaxlm.models.adapters import virtual
 from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family
 from jaxlm.models.view import Weights
@@ -45,6 +47,8 @@ class Model:
     layers: str = "auto"  # how layers run: stacked in scans, unrolled, or auto: unrolled on a single CPU device
     opened: Opened | None = None  # where it was loaded from
     manifest: Manifest | None = None
+    adapters: Adapters | None = None
+    _merged: Weights | None = dataclasses.field(default=None, init=False, repr=False)  # what generates with adapters
 
     @property
     def params(self) -> dict[str, Any]:
@@ -53,11 +57,44 @@ class Model:
 
     @params.setter
     def params(self, params: dict[str, Any]) -> None:
-        self.weights = Weights(self.config, params)
+        self.weights, self._merged = Weights(self.config, params), None
 
     def with_params(self, params: dict[str, Any]) -> "Model":
         """The same model with other parameters, of the same shapes."""
         return dataclasses.replace(self, weights=Weights(self.config, params))
+
+    def with_adapters(
+        self,
+        source: str | Path | Adapters | dict[str, Any] | None,
+        config: Any = None,
+        *,
+        ignore_fields: Sequence[str] = (),
+    ) -> "Model":
+        """The same parameters with adapters: a directory of peft's, or a tree (and its config, to save it), or None.
+
+        Calls and logprobs compute with the low-rank pairs beside the weights. Generation merges them first, into copies
+        of the weights that they target, which are kept. Virtual tokens stand before every sequence, in no result.
+        ValueError for what we do not compute; ignore_fields: keys of adapter_config.json to pass over.
+        """
+        attached = None if source is None else adapted.attach(self, source, config, ignore_fields)
+        return dataclasses.replace(self, adapters=attached)
+
+    def merge_adapters(self) -> "Model":
+        """A model without adapters whose weights have them in, added in float32; `save` writes those."""
+        if self.adapters is None:
+            raise ValueError("this model has no adapters: with_adapters() first")
+        if self.virtual:
+            raise ValueError("a prefix or prompt is no part of the weights: only low-rank pairs can be merged")
+        return dataclasses.replace(self, weights=adapted.merged(self), adapters=None)
+
+    def save_adapters(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the adapters alone, as a directory that peft loads."""
+        adapted.save(self, directory, overwrite)
+
+    @property
+    def virtual(self) -> int:
+        """How many virtual tokens the adapters put before the first."""
+        return virtual(None if self.adapters is None else self.adapters.tree)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -87,12 +124,13 @@ class Model:
         inputs.choice("pooling", pooling, POOLINGS)
         if rope_len is not None:
             inputs.positive("rope_len", rope_len)
-        tokens = inputs.tokens(tokens, self.config)
+        tokens = inputs.tokens(tokens, self.config, virtual=self.virtual)
         valid = None if attention_mask is None else inputs.mask(attention_mask, tokens.shape)
         output = f"{output}:{pooling}" if output == "embeddings" else output
-        # A conversion for one call would not pay: "auto" takes the form at hand, stacked until something was generated.
-        params = self.weights.current if self.layers == "auto" else self.running_params()
-        return _forward(self.family.backbone, self.config, self.runtime, output, rope_len, params, tokens, valid)
+        params, adapters = self.calling()
+        return _forward(
+            self.family.backbone, self.config, self.runtime, output, rope_len, params, tokens, valid, adapters
+        )
 
     def generate(
         self,
@@ -142,8 +180,8 @@ class Model:
             raise ValueError(f"stream needs a single prompt and sample, got {len(rows)} and {samples}")
         longest = max(map(len, rows))
         new = chosen.new_tokens(longest)
-        if longest + new > self.config.max_context:
-            limit = self.config.max_context
+        limit = self.config.max_context - self.virtual
+        if longest + new > limit:
             raise ValueError(f"{longest} prompt tokens and {new} new ones do not fit the model's context of {limit}")
         made = generate(
             self._plan(chosen, bucket(longest) + bucket(new), new, longest + new, details),
@@ -172,7 +210,7 @@ class Model:
         inputs.positive("max_new_tokens", max_new_tokens)
         chosen = self._settings(options | {"max_new_tokens": max_new_tokens}, ignore_fields)
         plan = lambda length: self._plan(chosen, length, max_new_tokens, length, True)
-        return Session(self.running_params, plan, max_new_tokens, self.config.max_context, seed)
+        return Session(self.running_params, plan, max_new_tokens, self.config.max_context - self.virtual, seed)
 
     def logprobs(self, tokens: Any, attention_mask: Any = None) -> jax.Array:
         """tokens [B, T] int -> float32 [B, T-1], each token's log-probability after those before it; 0 at padding."""
@@ -210,6 +248,8 @@ class Model:
         The directory appears, or is replaced (overwrite=True), in one step at the end.
         """
         inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
+        if self.adapters is not None:
+            raise ValueError("this model has adapters: merge_adapters().save() or save_adapters()")
         arrays = flatten(self.params)
         names = tensor_names(self.family, self.config, arrays, () if self.manifest is None else self.manifest.tensors)
         tensors, read = stored(arrays, names, self.manifest, dtype)
@@ -248,18 +288,32 @@ class Model:
             pad=chosen.pad,
             capacity=bucket(new),
             length=length,
-            rope_len=rope_len if any(rope.depends_on_length for rope in ropes) else None,
+            virtual=self.virtual,
+            rope_len=rope_len + self.virtual if any(rope.depends_on_length for rope in ropes) else None,
             logprobs=logprobs,
         )
 
+    def calling(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Parameters and adapters for one pass."""
+        if self.adapters is None:
+            # A conversion for one call would not pay: "auto" takes the form at hand, stacked until something was
+            # generated.
+            return self.weights.current if self.layers == "auto" else self.running_params(), None
+        if self.layers != "unrolled":
+            return self.params, self.adapters.tree
+        params = self.running_params()
+        return params, params.get("adapters")
+
     def running_params(self) -> dict[str, Any]:
-        """The parameters in the form that runs fastest here (view.py)."""
+        """The parameters in the form that runs fastest here (view.py); adapters merged, or their virtual tokens."""
+        weights, tree = self.weights, {} if self.adapters is None else self.adapters.tree
+        if adapted.has_pairs(tree):
+            self._merged = weights = self._merged or adapted.merged(self)
         unroll = self.layers == "unrolled"
         if self.layers == "auto":
-            unroll = (
-                jax.default_backend() == "cpu" and self.weights.on_one_device and hasattr(self.family.backbone, "VIEW")
-            )
-        return self.weights.unrolled if unroll else self.weights.stacked
+            unroll = jax.default_backend() == "cpu" and weights.on_one_device and hasattr(self.family.backbone, "VIEW")
+        params = weights.unrolled if unroll else weights.stacked
+        return params | {"adapters": tree} if self.virtual else params
 
     def _rows(self, prompts: Any, chat: Any) -> tuple[list[np.ndarray], bool]:
         """Token ids of each prompt, and whether text goes back."""
@@ -291,18 +345,18 @@ def tensor_names(fam: Family, config: Any, leaves: Mapping[str, Any], have) -> N
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _forward(backbone, config, runtime, output: str, rope_len: int | None, params, tokens, valid):
+def _forward(backbone, config, runtime, output: str, rope_len: int | None, params, tokens, valid, adapters=None):
     positions = None if valid is None else backbone.count_positions(valid)
-    x = backbone.embed(config, params, tokens, positions=positions, runtime=runtime)
+    both = {"positions": positions, "runtime": runtime} | ({} if adapters is None else {"adapters": adapters})
+    x = backbone.embed(config, params, tokens, **both)
     hidden, _, aux = backbone.trunk(
         config,
         params,
         x,
-        positions=positions,
         valid=valid,
         rope_len=rope_len,
         taps=("residual",) if output == "all_hidden" else (),
-        runtime=runtime,
+        **both,
     )
     if output == "all_hidden":
         return jnp.concatenate([x[None], aux["residual"]])

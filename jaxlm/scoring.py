@@ -39,12 +39,12 @@ def token_logprobs(model: "Model", tokens: Any, attention_mask: Any = None) -> j
 
 def score(model: "Model", tokens: Any, attention_mask: Any = None, rope_len: int | None = None):
     """token_logprobs, and [B, T-1] bool: whether the token is the likeliest one."""
-    tokens = inputs.tokens(tokens, model.config, predicted=1)
+    tokens = inputs.tokens(tokens, model.config, predicted=1, virtual=model.virtual)
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens have shape {tokens.shape}: expected at least two in a row, the first is given")
     valid = None if attention_mask is None else inputs.mask(attention_mask, tokens.shape)
-    params = model.weights.current if model.layers == "auto" else model.running_params()  # as Model.__call__
-    return _score(model.family.backbone, model.config, model.runtime, rope_len, params, tokens, valid)
+    params, adapters = model.calling()
+    return _score(model.family.backbone, model.config, model.runtime, rope_len, params, tokens, valid, adapters)
 
 
 def score_rows(
@@ -121,16 +121,15 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _score(backbone, config, runtime, rope_len: int | None, params, tokens, valid):
+def _score(backbone, config, runtime, rope_len: int | None, params, tokens, valid, adapters=None):
     fed, targets = tokens[:, :-1], tokens[:, 1:]
     known = positions = None
     if valid is not None:
         known = valid[:, :-1]
         positions = backbone.count_positions(known)
-    x = backbone.embed(config, params, fed, positions=positions, runtime=runtime)
-    rope_len = rope_len or tokens.shape[1]
-    options = {"positions": positions, "valid": known, "rope_len": rope_len, "runtime": runtime}
-    hidden, _, _ = backbone.trunk(config, params, x, **options)
+    both = {"positions": positions, "runtime": runtime} | ({} if adapters is None else {"adapters": adapters})
+    x = backbone.embed(config, params, fed, **both)
+    hidden, _, _ = backbone.trunk(config, params, x, valid=known, rope_len=rope_len or tokens.shape[1], **both)
 
     def chunk(pair):
         hidden, targets = pair

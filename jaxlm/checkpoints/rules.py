@@ -169,7 +169,7 @@ def _in_group(path: str, group: str) -> str:
 
 
 @functools.cache
-def _sides(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+def sides(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     """The stored axes, each a product of ours, and our axes."""
     stored, ours = pattern.split("->")
     axes = tuple(tuple((group or name).split()) for group, name in re.findall(r"\(([^)]*)\)|(\S+)", stored))
@@ -177,7 +177,7 @@ def _sides(pattern: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
 
 
 def _sizes(pattern: str, shape: Shape) -> dict[str, int]:
-    ours = _sides(pattern)[1]
+    ours = sides(pattern)[1]
     if len(ours) != len(shape):
         raise ValueError(f"pattern {pattern!r} does not fit a leaf of shape {shape}")
     return dict(zip(ours, shape, strict=True))
@@ -187,7 +187,7 @@ def _stored(pattern: str | None, shape: Shape) -> Shape:
     if pattern is None:
         return shape
     sizes = _sizes(pattern, shape)
-    return tuple(math.prod(sizes[a] for a in axes) for axes in _sides(pattern)[0])
+    return tuple(math.prod(sizes[a] for a in axes) for axes in sides(pattern)[0])
 
 
 def _forward(x, pattern: str | None, shape: Shape):

@@ -25,8 +25,9 @@ class Plan:
     eos: tuple[int, ...]
     pad: int
     capacity: int  # new tokens there is room for
-    length: int  # positions the cache holds
+    length: int  # positions the cache holds, beside virtual tokens
     rope_len: int | None = None  # for RoPE whose frequencies depend on the length: prompt plus new tokens
+    virtual: int = 0  # tokens that stand before the first: params["adapters"] has them
     logprobs: bool = False  # keep the log-probability of each token drawn, before temperature and filters
 
 
@@ -46,9 +47,13 @@ def prefill(plan: Plan, params: Any, tokens: Array, lengths: Array, key: Array, 
     seen = None
     if plan.sampling.repetition_penalty != 1:
         seen = jnp.zeros((batch, plan.config.vocab_size), bool)
+    cache = plan.backbone.init_cache(plan.config, params, batch, plan.length + plan.virtual, dtype)
+    if plan.virtual:
+        options = {"rope_len": plan.rope_len, "runtime": plan.runtime}
+        cache = plan.backbone.begin(plan.config, params, params["adapters"], cache, batch, **options)
     state = {
-        "cache": plan.backbone.init_cache(plan.config, params, batch, plan.length, dtype),
-        "position": jnp.zeros(batch, jnp.int32),
+        "cache": cache,
+        "position": jnp.full(batch, plan.virtual, jnp.int32),
         "key": key,
         "seen": seen,
     }

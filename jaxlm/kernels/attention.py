@@ -28,6 +28,7 @@ def attention(
     q_segments: Int[Array, "#B T"] | None = None,
     k_segments: Int[Array, "#B S"] | None = None,
     k_valid: Bool[Array, "#B S"] | None = None,
+    k_shared: int | None = None,
     bias: Float[Array, "#B #N #T #S"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -39,9 +40,9 @@ def attention(
     """softmax(scale * q k^T) v under a mask, in q's dtype; and the log-sum-exp in float32, if asked.
 
     q_pos and k_pos are positions, by default 0..T-1 and 0..S-1; a key at position -1 is an empty slot. Segments confine
-    attention to equal numbers; k_valid hides keys; sinks are extra logits without a value; dropout is (rate, key). A
-    query that sees no key returns zeros. impl names an implementation, which then runs or raises NotImplementedError;
-    None takes the first that can.
+    attention to equal numbers, though the first k_shared keys belong to all; k_valid hides keys; sinks are extra logits
+    without a value; dropout is (rate, key). A query that sees no key returns zeros. impl names an implementation, which
+    then runs or raises NotImplementedError; None takes the first that can.
     """
     _check_shapes(q, k, v)
     named = {
@@ -50,6 +51,7 @@ def attention(
         "q_segments": q_segments,
         "k_segments": k_segments,
         "k_valid": k_valid,
+        "k_shared": k_shared,
         "bias": bias,
         "softcap": softcap,
         "sinks": sinks,
@@ -62,8 +64,8 @@ def attention(
 
 
 def reference(
-    q, k, v, mask, *, scale, q_pos=None, k_pos=None, q_segments=None, k_segments=None, k_valid=None, bias=None,
-    softcap=None, sinks=None, dropout=None, return_lse=False,
+    q, k, v, mask, *, scale, q_pos=None, k_pos=None, q_segments=None, k_segments=None, k_valid=None,
+    k_shared=None, bias=None, softcap=None, sinks=None, dropout=None, return_lse=False,
 ):  # fmt: skip
     """Every feature, logits materialised: what all other implementations are compared with."""
     (b, t, n, h), (s, kh) = q.shape, k.shape[1:3]
@@ -76,7 +78,7 @@ def reference(
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias
-    seen = _visible(mask, t, s, q_pos, k_pos, q_segments, k_segments, k_valid)[:, None]
+    seen = _visible(mask, t, s, q_pos, k_pos, q_segments, k_segments, k_valid, k_shared)[:, None]
     logits = jnp.where(seen, logits, -jnp.inf)
     sink = jnp.full((n, 1, 1), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)[:, None, None]
     # A finite maximum keeps a row without any visible key at exp(-inf) = 0 instead of NaN.
@@ -171,7 +173,7 @@ def _as_causal_window(mask: Mask) -> tuple[bool, tuple[int, int] | None] | None:
     return None
 
 
-def _visible(mask, t, s, q_pos, k_pos, q_segments, k_segments, k_valid) -> Array:
+def _visible(mask, t, s, q_pos, k_pos, q_segments, k_segments, k_valid, k_shared) -> Array:
     """[B or 1, T, S] bool: the mask over positions, minus other segments, hidden keys and empty slots."""
     q = jnp.arange(t)[None] if q_pos is None else q_pos
     k = jnp.arange(s)[None] if k_pos is None else k_pos
@@ -179,7 +181,8 @@ def _visible(mask, t, s, q_pos, k_pos, q_segments, k_segments, k_valid) -> Array
     if (q_segments is None) != (k_segments is None):
         raise ValueError("q_segments and k_segments must be given together")
     if q_segments is not None:
-        seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
+        together = q_segments[:, :, None] == k_segments[:, None, :]
+        seen = seen & (together if k_shared is None else together | (jnp.arange(s) < k_shared))
     if k_valid is not None:
         seen = seen & k_valid[:, None, :]
     return seen

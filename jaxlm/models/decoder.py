@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxlm.models import adapters as adapting
 from jaxlm.models import stack
 from jaxlm.models.config import DecoderConfig, Kind, groups, states
 from jaxlm.models.layers import Embed, Norm, dropout
 from jaxlm.models.mlp import Mlp
 from jaxlm.models.moe import Moe, load_balancing_loss
 from jaxlm.models.rope import table
-from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_state
+from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_state, write
 
 Params = dict[str, Any]
 Cache = dict[str, Any]  # {state: State, its arrays stacked, or a tuple of them}
@@ -99,16 +100,22 @@ def embed(
     positions: Array | None = None,
     rng: Array | None = None,
     runtime: Runtime = Runtime(),
+    adapters: Params | None = None,
 ) -> Array:
-    """tokens [B, T] int -> [B, T, D] in the runtime's dtype; positions [B, T] matter to learned positions only."""
+    """tokens [B, T] int -> [B, T, D] in the runtime's dtype; positions [B, T] matter to learned positions only.
+
+    Adapters with virtual tokens move the positions: give `embed` what `trunk` gets.
+    """
     x = _apply(_vocabulary(config), params["embed"], tokens)
     x = x.astype(runtime.dtype or x.dtype)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.learned_positions:
-        if tokens.shape[1] > config.context:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fit the {config.context} learned positions")
+        first = adapting.virtual(adapters)
+        if first + tokens.shape[1] > config.context:
+            raise ValueError(f"{first + tokens.shape[1]} tokens do not fit the {config.context} learned positions")
         at = jnp.arange(tokens.shape[1])[None] if positions is None else jnp.maximum(positions, 0)
+        at = at + first if first else at
         x = x + _apply(_position_embed(config), params["positions"], at).astype(x.dtype)
     return dropout(x, config.dropout.embed, rng)
 
@@ -126,6 +133,7 @@ def trunk(
     taps: tuple[str, ...] = (),
     rng: Array | None = None,
     runtime: Runtime = Runtime(),
+    adapters: Params | None = None,
 ) -> tuple[Array, Cache | None, dict[str, Array]]:
     """x [B, T, D] through all layers and the final norm -> (hidden [B, T, D], cache, aux).
 
@@ -133,20 +141,39 @@ def trunk(
     required with a cache, which holds what came before. segments [B, T] int32 keep packed sequences apart. rope_len
     (default T) is the length that `dynamic` and `longrope` frequencies are made for; with a cache it must be given
     for those. taps=("residual",) returns the stream after each layer, aux["residual"] [L, B, T, D]. aux["router_loss"]
-    is the load-balancing loss of mixture-of-experts layers. rng switches dropout on.
+    is the load-balancing loss of mixture-of-experts layers. rng switches dropout on. adapters: a tree as
+    models/adapters.py describes it; its virtual tokens come first, seen by all, and are in no result; positions and
+    rope_len do not count them. With a cache they are in it (`begin`), and counted.
     """
-    tokens = _tokens(config, x, positions, segments, valid, cache, rope_len)
+    prompt, room = None, adapting.virtual(adapters)
+    if room:
+        if cache is not None:
+            raise ValueError("with a cache, virtual tokens are in it (`begin`): pass adapters without them")
+        prompt = _prompt(config, params, adapters, x)
+        rope_len = (rope_len or x.shape[1]) + room
+        x, positions, segments = adapting.make_room(room, prompt, x, positions, segments, valid)
+        valid = None
+    tokens = _tokens(config, x, positions, segments, valid, cache, rope_len, room)
     if unknown := set(taps) - set(TAPS):
         raise ValueError(f"unknown taps {sorted(unknown)}; there are {TAPS}")
 
     def block(kind: Kind, p: Params, x: Array, state: State | None, depth):
-        x, state, extra = _apply(Block(config, kind, runtime.attention), p, x, tokens, state, jnp.asarray(depth), rng)
+        own = {}
+        if adapters is not None:
+            p, own = p["params"], adapting.of_layer(p["adapters"], rng, depth)
+        args = x, tokens, state, jnp.asarray(depth), rng
+        x, state, extra = _apply(Block(config, kind, runtime.attention), p, *args, adapters=own)
         return x, state, extra | ({"residual": x} if "residual" in taps else {})
 
-    x, cache, extras = stack.run(block, layers(config), _stacks(config, params), x, cache, remat=REMAT[runtime.remat])
+    stacks = _stacks(config, params)
+    if adapters is not None:
+        stacks = adapting.beside(stacks, _stacks(config, {"layers": adapters.get("layers", {})}))
+    x, cache, extras = stack.run(block, layers(config), stacks, x, cache, remat=REMAT[runtime.remat])
+    x = x if prompt is None else x[:, room:]
     aux = {}
     if "residual" in taps:
-        aux["residual"] = stack.collect(extras, "residual")
+        stream = stack.collect(extras, "residual")
+        aux["residual"] = stream if prompt is None else stream[:, :, room:]
     if any(kind.mlp == "moe" for kind in config.kinds):
         aux["router_loss"] = load_balancing_loss(
             *(stack.collect(extras, name) for name in ("router_picks", "router_probs", "router_tokens"))
@@ -174,13 +201,15 @@ def forward(
     valid: Array | None = None,
     rng: Array | None = None,
     runtime: Runtime = Runtime(),
+    adapters: Params | None = None,
     **options,
 ) -> tuple[Array, Cache | None, dict[str, Array]]:
     """tokens [B, T] int -> (logits [B, T, V] float32, cache, aux); options as `trunk`."""
     if positions is None and valid is not None:
         positions = count_positions(valid)
-    x = embed(config, params, tokens, positions=positions, rng=rng, runtime=runtime)
-    hidden, cache, aux = trunk(config, params, x, positions=positions, valid=valid, rng=rng, runtime=runtime, **options)
+    both: Any = {"positions": positions, "rng": rng, "runtime": runtime, "adapters": adapters}
+    x = embed(config, params, tokens, **both)
+    hidden, cache, aux = trunk(config, params, x, valid=valid, **both, **options)
     return head(config, params, hidden), cache, aux
 
 
@@ -200,6 +229,45 @@ def init_cache(config: DecoderConfig, params: Params, batch: int, length: int, d
     return {name: jax.tree.map(stacked(len(by_state[name])), state) for name, state in empty.items()}
 
 
+def begin(
+    config: DecoderConfig,
+    params: Params,
+    adapters: Params,
+    cache: Cache,
+    batch: int,
+    *,
+    rope_len: int | None = None,
+    runtime: Runtime = Runtime(),
+) -> Cache:
+    """An empty cache with the adapters' virtual tokens in it, at positions 0..P-1; the real ones begin at P.
+
+    rope_len counts them, as it does for `trunk` with a cache.
+    """
+    n = adapting.virtual(adapters)
+    at = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+    if "prompt" in adapters:
+        dtype = runtime.dtype or jax.tree.leaves(params["embed"])[0].dtype
+        x = _prompt(config, params, adapters, jnp.zeros((batch, 0, config.d_model), dtype))
+        assert x is not None
+        _, full, _ = trunk(config, params, x, positions=at, cache=cache, rope_len=rope_len, runtime=runtime)
+        assert full is not None
+        return full
+    keys, seen = adapting.prefix_of(adapters), dict.fromkeys(groups(config.kinds), 0)
+    by_state: dict[str, list[tuple[Array, Array]]] = {}
+    for layer in layers(config):
+        first = [jnp.broadcast_to(a[seen[layer.group]], (batch, *a.shape[1:])) for a in keys[layer.group]]
+        by_state.setdefault(layer.state, []).append((first[0], first[1]))
+        seen[layer.group] += 1
+
+    def filled(state: Any, new: list[tuple[Array, Array]]) -> Any:
+        if isinstance(state, tuple):
+            return tuple(write(one, k, v, at) for one, (k, v) in zip(state, new, strict=True))
+        k, v = map(jnp.stack, zip(*new, strict=True))
+        return jax.vmap(write, in_axes=(0, 0, 0, None))(state, k, v, at)
+
+    return {name: filled(cache[name], new) for name, new in by_state.items()}
+
+
 def layers(config: DecoderConfig) -> tuple[stack.Layer, ...]:
     """Per depth: the kind of layer, its parameter stack and its cache stack."""
     return tuple(map(stack.Layer, config.kinds, groups(config.kinds), states(config.kinds)))
@@ -210,7 +278,7 @@ def count_positions(valid: Array) -> Array:
     return jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1).astype(jnp.int32)
 
 
-def _tokens(config, x, positions, segments, valid, cache, rope_len) -> Tokens:
+def _tokens(config, x, positions, segments, valid, cache, rope_len, room) -> Tokens:
     if cache is not None and positions is None:
         raise ValueError("with a cache, positions must be given: the cache does not know which tokens are new")
     if cache is not None and segments is not None:
@@ -224,7 +292,7 @@ def _tokens(config, x, positions, segments, valid, cache, rope_len) -> Tokens:
         valid = positions >= 0
     at = jnp.arange(x.shape[1])[None] if positions is None else positions
     tables = {rope: table(rope, at, rope_len or x.shape[1]) for rope in ropes}
-    return Tokens(positions, segments, valid, tables)
+    return Tokens(positions, segments, valid, tables, room if room and segments is not None else None)
 
 
 def _boxed(config: DecoderConfig, key: Array) -> Params:
@@ -259,6 +327,16 @@ def _boxed_layers(config: DecoderConfig, key: Array, x: Array, at: Array) -> Par
     return made.get("", made)
 
 
+def _prompt(config: DecoderConfig, params: Params, adapters: Params | None, x: Array) -> Array | None:
+    """The prompt's virtual tokens for x's batch, [B, P, D], with their positions where those are learned."""
+    if adapters is None or "prompt" not in adapters:
+        return None
+    rows = adapters["prompt"]["w"].astype(x.dtype)
+    if config.learned_positions:
+        rows = rows + _apply(_position_embed(config), params["positions"], jnp.arange(len(rows))).astype(x.dtype)
+    return jnp.broadcast_to(rows, (len(x), *rows.shape))
+
+
 def _stacks(config: DecoderConfig, params: Params) -> dict[str, Any]:
     one_group = groups(config.kinds)[0] == "" and "" not in params["layers"]
     return {"": params["layers"]} if one_group else params["layers"]
@@ -277,5 +355,5 @@ def _final_norm(config: DecoderConfig) -> Norm:
     return Norm(config.norm, (config.d_model,))
 
 
-def _apply(module: nn.Module, params: Params, *args, method: str | None = None) -> Any:
-    return module.apply({"params": params}, *args, method=method)
+def _apply(module: nn.Module, params: Params, *args, method: str | None = None, adapters: Params | None = None) -> Any:
+    return module.apply({"params": params, **({"adapters": adapters} if adapters else {})}, *args, method=method)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.kernels.attention import precision
+from jaxlm.models.adapters import adapted
 from jaxlm.models.config import NormConfig
 
 ACTIVATIONS = {
@@ -44,7 +45,10 @@ class Leaf(nn.Module):
 
 
 class Einsum(Leaf):
-    """y = einsum(eqn, x, w) + b: the one place where an activation meets a weight. Computes in x's dtype."""
+    """y = einsum(eqn, x, w) + b: the one place where an activation meets a weight. Computes in x's dtype.
+
+    A low-rank pair of the `adapters` collection is added before the bias (adapters.py). Axes of w come inputs first.
+    """
 
     eqn: str
     shape: tuple[int, ...]
@@ -56,6 +60,8 @@ class Einsum(Leaf):
     def __call__(self, x: Array) -> Array:
         w = self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std))
         y = contract(self.eqn, x, w)
+        if "a" in self.variables.get("adapters", ()):
+            y = adapted(x, w, y, self.variables["adapters"])
         if self.bias is None:
             return y
         letters = self.eqn.split(",")[1].split("->")[0]
@@ -73,6 +79,8 @@ class RaggedDot(Leaf):
 
     @nn.compact
     def __call__(self, x: Array, group_sizes: Array) -> Array:
+        if "a" in self.variables.get("adapters", ()):
+            raise NotImplementedError(f"adapters for {'/'.join(self.path)}: experts take none")
         w = self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std)).astype(x.dtype)
         y = jax.lax.ragged_dot(x, w, group_sizes, precision=precision(x.dtype), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)

@@ -24,6 +24,7 @@ class Tokens:
     segments: Array | None = None  # [B, T] int32
     valid: Array | None = None  # [B, T] bool
     tables: dict = dataclasses.field(default_factory=dict)  # Rope -> (cos, sin)
+    shared: int | None = None  # with segments: how many of the first keys, virtual tokens, belong to all of them
 
 
 class SelfAttention(nn.Module):
@@ -52,13 +53,16 @@ class SelfAttention(nn.Module):
         if a.divide_by_depth:
             q = q / (depth + 1).astype(q.dtype)
         keys, state = self._remember(k, v, tokens, state)
+        if "prefix" in self.variables.get("adapters", ()):
+            keys |= self._prefixed(keys, tokens.segments)
         y: Any = attention(
             q,
             keys.pop("k"),
             keys.pop("v"),
             CAUSAL if self.kind.window is None else window(self.kind.window),
             q_segments=tokens.segments,
-            k_segments=tokens.segments,
+            k_segments=keys.pop("segments", tokens.segments),
+            k_shared=tokens.shared,
             scale=scale,
             softcap=a.softcap,
             dropout=(c.dropout.attention, rng) if rng is not None and c.dropout.attention else None,
@@ -74,6 +78,15 @@ class SelfAttention(nn.Module):
         bias = f"{letter}H" if a.qkv_bias else None
         shape, axes = (c.d_model, heads, a.head_dim), ("embed", axis, "head_dim")
         return Einsum(eqn, shape, axes, bias, c.init_std, name=name)(x)
+
+    def _prefixed(self, keys: dict, segments: Array | None) -> dict:
+        """The keys behind those of the prefix, which stand at positions 0..P-1 and were never rotated."""
+        prefix = self.variables["adapters"]["prefix"]
+        n = prefix["k"].shape[0]
+        put = lambda first, x: jnp.concatenate([jnp.broadcast_to(first, (len(x), *first.shape)).astype(x.dtype), x], 1)
+        beside = {"k": put(prefix["k"], keys["k"]), "v": put(prefix["v"], keys["v"])}
+        beside["k_pos"] = put(jnp.arange(n), keys["k_pos"])
+        return beside if segments is None else beside | {"segments": put(jnp.zeros(n), segments)}
 
     def _remember(self, k: Array, v: Array, tokens: Tokens, state: State | None) -> tuple[dict, State | None]:
         """The keys that these queries look at, and the cache after them."""
