@@ -1,5 +1,6 @@
 """The settings of a run: one frozen dataclass, read from YAML or the command line by the same names."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -84,7 +85,8 @@ class TrainConfig:
 
     model: a checkpoint, or a config.json to begin from scratch with (then `tokenizer` says whose). steps: 0 for
     `epochs` over the data. eval_every, save_every: 0 for the end only. keep: checkpoints beside the best one.
-    patience: evaluations without progress before the run stops, 0 for never.
+    patience: evaluations without progress before the run stops, 0 for never. adapter: {"kind": "lora", "prefix" or
+    "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported beside the model.
     """
 
     model: str
@@ -183,12 +185,17 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in parts:
             return None
-        return _value(next(part for part in parts if part is not type(None)), value, where)
+        *others, last = (part for part in parts if part is not type(None))
+        for part in others:
+            with contextlib.suppress(ValueError):
+                return _value(part, value, where)
+        return _value(last, value, where)
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or (parts[-1] is not Ellipsis and len(items) != len(parts)):
             raise ValueError(f"{where}={value!r}: expected a list")
-        return tuple(_value(parts[0], item, where) for item in items)
+        kinds = [parts[0]] * len(items) if parts[-1] is Ellipsis else parts
+        return tuple(_value(kind, item, where) for kind, item in zip(kinds, items, strict=True))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}={value!r}: expected names and values")

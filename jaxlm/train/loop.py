@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxlm.train.adapters import Lora
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.config import plain
 from jaxlm.train.metrics import Sink, plot, sinks, utilization
@@ -19,7 +20,7 @@ from jaxlm.train.placement import place_batch
 from jaxlm.train.setup import Job
 from jaxlm.train.step import TrainState, make_eval_step, make_train_step
 
-FINAL = "model"
+FINAL, ADAPTER = "model", "adapter"
 
 
 class Callback(Protocol):
@@ -201,11 +202,18 @@ class Run:
         self._tell("on_save", step)
 
     def _export(self, state: TrainState) -> Path:
-        """The model as safetensors, with its tokenizer."""
+        """The model as safetensors, with its tokenizer; an adapter alone, too, and merged if it can be."""
         from jaxlm.data.prepare import load_tokenizer
 
         job, out = self.job, self.out / FINAL
-        model = job.model.with_params(state.variables["params"])
+        variables = state.variables
+        model = job.model.with_params(variables["params"])
+        if job.adapter is not None:
+            model = model.with_adapters(variables["adapters"], job.adapter)
+            model.save_adapters(self.out / ADAPTER, overwrite=True)
+            if not isinstance(job.adapter, Lora):
+                return self.out / ADAPTER  # virtual tokens are no part of the weights
+            model = model.merge_adapters()
         model.save(out, overwrite=True)
         if job.config.tokenizer:
             load_tokenizer(job.config.tokenizer).save_pretrained(str(out))

@@ -36,14 +36,15 @@ class Objective:
         tokens, positions, segments = batch["tokens"], batch.get("positions"), batch.get("segments")
         valid = None if segments is None else segments > 0
         inner, noise = (None, None) if rng is None else jax.random.split(rng)
-        options = {"adapters": variables["adapters"]} if variables.get("adapters") is not None else {}
-        params = variables["params"]
-        x = self.backbone.embed(self.config, params, tokens, positions=positions, rng=inner, runtime=self.runtime)
+        params, adapters = variables["params"], variables.get("adapters")
+        options: dict[str, Any] = {"positions": positions, "rng": inner, "runtime": self.runtime}
+        if adapters is not None:
+            options["adapters"] = adapters
+        x = self.backbone.embed(self.config, params, tokens, **options)
         if self.neftune and noise is not None:
             size = self.neftune / (x.shape[1] * x.shape[2]) ** 0.5
             x = x + jax.random.uniform(noise, x.shape, x.dtype, -size, size)
-        options |= {"positions": positions, "segments": segments, "valid": valid, "rng": inner, "runtime": self.runtime}
-        hidden, _, aux = self.backbone.trunk(self.config, params, x, **options)
+        hidden, _, aux = self.backbone.trunk(self.config, params, x, segments=segments, valid=valid, **options)
         return hidden, aux
 
     def add_router(self, total: Array, weight: Array, aux: Metrics, metrics: Metrics) -> tuple[Array, Array, Metrics]:

@@ -18,15 +18,19 @@ from jaxlm.model import Model
 from jaxlm.models.decoder import Runtime
 from jaxlm.parallel.mesh import make_mesh, parse_preset
 from jaxlm.parallel.sharding import Replicated
-from jaxlm.train.config import TrainConfig
+from jaxlm.train import adapters
+from jaxlm.train.adapters import AdapterConfig, Lora, Prefix, Prompt, is_trainable
+from jaxlm.train.config import TrainConfig, parse
 from jaxlm.train.metrics import flops_per_token
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import Optimizer
+from jaxlm.train.partition import paths
 from jaxlm.train.placement import state_shardings
 from jaxlm.train.scaler import loss_scale
 from jaxlm.train.step import Loss, TrainState, init_state
 
 Progress = Callable[[int, int], None]
+_ADAPTERS = {"lora": Lora, "prefix": Prefix, "prompt": Prompt}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Job:
     loss: Loss
     state: TrainState
     flops: float  # of a token's forward and backward pass
+    adapter: AdapterConfig | None = None
     mesh: Mesh | None = None
     shardings: TrainState | None = None
     whole: tuple[Replicated, ...] = ()  # dimensions that do not divide over the mesh
@@ -93,13 +98,18 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
         router = float(model.hf_config.get("router_aux_loss_coef") or 0.0)
     shared = {name: getattr(config.loss, name) for name in ("smoothing", "z", "neftune", "chunk")}
     objective = Objective(backbone=backbone, config=model.config, runtime=model.runtime, router=router, **shared)
-    variables = {"params": model.params}
+    variables, trainable = {"params": model.params}, config.trainable
+    adapter = None
+    if config.adapter is not None:
+        adapter, variables["adapters"] = _adapter(config, model)
+        trainable = tuple(p for p in paths(variables) if p.startswith("adapters/") and is_trainable(p))
     scale = loss_scale() if config.precision == "float16" else None
-    state = init_state(variables, optimizer, jax.random.key(config.seed), trainable=config.trainable, scale=scale)
+    state = init_state(variables, optimizer, jax.random.key(config.seed), trainable=trainable, scale=scale)
     c = model.config
     embedding = 0 if c.tie_embeddings else c.vocab_size * c.d_model
     flops = flops_per_token(_count(variables), embedding, len(c.kinds), c.d_model, config.data.seq_len)
-    job = Job(config, model, train, evaluated, steps, settings, optimizer, causal_lm(objective), state, flops)
+    loss = causal_lm(objective)
+    job = Job(config, model, train, evaluated, steps, settings, optimizer, loss, state, flops, adapter)
     return job if config.mesh is None else _on_mesh(job)
 
 
@@ -127,6 +137,18 @@ def _model(config: TrainConfig) -> Model:
         model = api.load(config.model, dtype="float32", ignore_fields=config.ignore_fields)
     runtime = Runtime(dtype=config.precision, attention=config.attention, remat=config.remat)
     return dataclasses.replace(model, runtime=runtime, layers="stacked")
+
+
+def _adapter(config: TrainConfig, model: Model) -> tuple[AdapterConfig, Any]:
+    """The adapter's settings, and a fresh one."""
+    if config.trainable != ("*",):
+        raise ValueError(f"trainable={config.trainable} with an adapter: the adapter alone trains")
+    given = dict(config.adapter or {})
+    kind = given.pop("kind", None)
+    if kind not in _ADAPTERS:
+        raise ValueError(f"adapter: kind={kind!r}, expected one of {', '.join(_ADAPTERS)}")
+    made = parse(_ADAPTERS[kind], given, "adapter")
+    return made, adapters.init(made, model.family, model.config, model.params, jax.random.key(config.seed + 1))
 
 
 def _batches(config: TrainConfig, source: str, tokenizer: str, name: str, progress) -> Batches:

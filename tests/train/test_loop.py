@@ -245,3 +245,38 @@ def test_the_command(ground, tmp_path, capsys):
     assert main(["train", str(tmp_path / "run.yaml"), "optim.rat=1"]) == 2
     assert "did you mean 'rate'" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"kind": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}, {"kind": "prompt", "tokens": 3}]
+)
+def test_an_adapter_learns_alone(ground, tmp_path, adapter):
+    base = Run(setup(config(ground, tmp_path / "base", steps=2, eval_every=0))).train().model
+    before = weights(base)
+    chosen = config(ground, tmp_path / "run", model=str(base), adapter=adapter, optim={"rate": 5e-2})
+    job = setup(chosen)
+    assert 0 < job.trainable < 2000
+    result = Run(job).train()
+    evaluated = [row["eval_loss"] for row in rows(tmp_path / "run") if "eval_loss" in row]
+    assert evaluated[-1] < evaluated[0]
+    model = jaxlm.load(base)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(weights(base)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    adapted = model.with_adapters(tmp_path / "run/adapter")
+    tokens = np.arange(10)[None]
+    assert np.abs(adapted(tokens) - model(tokens)).max() > 1e-3
+    if adapter["kind"] == "lora":
+        np.testing.assert_allclose(jaxlm.load(result.model)(tokens), adapted(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"kind": "lorra"}, "kind='lorra', expected one of lora, prefix, prompt"),
+        ({"kind": "lora", "rnk": 4}, "adapter: unknown setting 'rnk', did you mean 'rank'"),
+        ({"kind": "lora", "targets": ["q_prj"]}, "q_prj"),
+    ],
+)
+def test_bad_adapters(ground, tmp_path, adapter, message):
+    with pytest.raises(ValueError, match=message):
+        setup(config(ground, tmp_path, adapter=adapter))
