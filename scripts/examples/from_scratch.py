@@ -2,8 +2,8 @@
 """A small Llama from scratch on real text, beside the same model trained with torch and transformers.
 
 The text is Python's own language reference, which every Python carries (`pydoc_data.topics`, PSF licence); every tenth
-topic is held out. Both sides begin from the same weights and see the same batches in the same order with AdamW, warm-up,
-a cosine schedule, decay and clipping. Prints the two held-out curves; fails when they part by more than 1 %.
+topic is held out. Both sides begin from the same weights and see the same batches in the same order, with AdamW,
+warm-up, a cosine schedule, decay and clipping. Prints the two held-out curves; fails when they part by more than 1 %.
 """
 
 import argparse

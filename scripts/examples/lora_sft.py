@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """LoRA on a real model: SmolLM2-135M-Instruct learns to answer in a form of its own, measured on held-out questions.
 
-The task turns a sentence into fields: "Ada bought 7 lamps in Oslo." -> "who=Ada; what=lamps; count=7; where=Oslo". Names
-and towns of the held-out questions never occur in training. Prints the share answered exactly before and after, and
-with --check compares the merged export's answers with transformers'. About five minutes on two CPU cores.
+The task turns a sentence into fields: "Ada bought 7 lamps in Oslo." -> "who=Ada; what=lamps; count=7; where=Oslo".
+Names and towns of the held-out questions never occur in training. Prints the share answered exactly before and after,
+and with --check compares the merged export's answers with transformers'. About five minutes on two CPU cores.
 """
 
 import argparse
@@ -125,9 +125,8 @@ def main() -> None:
     result = Run(setup(parse(TrainConfig, settings, "settings"))).train()
     assert result.model is not None
     model = jaxlm.load(result.model)
-    print(
-        f"answered exactly, of {args.held_out} held-out questions: {before:.0%} before, {exact(model, held_out):.0%} after"
-    )
+    after = exact(model, held_out)
+    print(f"answered exactly, of {args.held_out} held-out questions: {before:.0%} before, {after:.0%} after")
     if args.check:
         check(model, result.model, held_out[:8])
 
