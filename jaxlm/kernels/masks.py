@@ -217,7 +217,7 @@ class BlockLayout(Mask):
         a, b = np.clip(i0, 0, rows), np.clip(i1, 0, rows)
         c, d = np.clip(j0, 0, columns), np.clip(j1, 0, columns)
         seen = self._sums[b, d] - self._sums[a, d] - self._sums[b, c] + self._sums[a, c]
-        return _kind(skip=seen == 0, full=(seen == (i1 - i0) * (j1 - j0)) & (seen > 0))
+        return _kind(skip=seen == 0, full=seen == (i1 - i0) * (j1 - j0))
 
     @property
     def has_table(self):
