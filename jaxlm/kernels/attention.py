@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
-from jaxlm.kernels.masks import Band, Mask
+from jaxlm.kernels.masks import Band, Full, Mask
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _log_choice(name: str, refused: tuple[tuple[str, str], ...]) -> None:
 
 def _as_causal_window(mask: Mask) -> tuple[bool, tuple[int, int] | None] | None:
     match mask:
-        case Band(lo=None, hi=None):
+        case Full() | Band(lo=None, hi=None):
             return False, None
         case Band(lo=0, hi=None):
             return True, None
