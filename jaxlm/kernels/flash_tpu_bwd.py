@@ -1,9 +1,9 @@
 """The backward pass of flash attention on TPU: one kernel for dq, dk and dv over a static tile plan.
 
-A chunk of keys stays in VMEM together with its float32 dk and dv while the queries of all heads of its group pass by, so
-every probability is computed once: five matrix products a tile where separate dq and dk, dv kernels need seven. Longer
-sequences repeat the kernel over chunks and add up dq. Tiles are transposed [keys, queries]: the log-sum-exp and delta
-of the queries are then rows, and only dq needs a transpose.
+A chunk of keys stays in VMEM together with its float32 dk and dv while the queries of all heads of its group pass by:
+every probability is computed once, so a tile needs five matrix products where separate kernels for dq and for dk and dv
+need seven. Longer sequences repeat the kernel over chunks and add up dq. Tiles are transposed [keys, queries]: the
+log-sum-exp and delta of the queries are then rows, and only dq needs a transpose.
 """
 
 import dataclasses
@@ -19,11 +19,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int
 
-from jaxlm.kernels.masks import FULL, SKIP, Mask
+from jaxlm.kernels.attention import precision
+from jaxlm.kernels.masks import FULL, PARTIAL, SKIP, Mask
 from jaxlm.kernels.plan import tile_kinds
 
 LOG2E = math.log2(math.e)
 HIDDEN = -(2**31)  # the segment of keys that nobody sees
+# Which axes a product sums over.
+NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,10 @@ def backward(
 
     lse is the natural log-sum-exp of each query's logits, -inf where it saw nothing; dlse its gradient.
     """
-    (b, t, n, h), (s, kh) = q.shape, k.shape[1:3]
-    blocks = blocks or choose_blocks(t, s, h, v.shape[-1])
+    (b, t, _, h), s = q.shape, k.shape[1]
+    segmented = q_segments is not None or k_valid is not None
+    widths = _round_up(h, 128) + _round_up(v.shape[-1], 128)
+    blocks = blocks or choose_blocks(mask, t, s, widths, q.dtype.itemsize, segmented)
     delta = jnp.einsum("BTND,BTND->BTN", dout, out, preferred_element_type=jnp.float32)
     shift = delta if dlse is None else delta - dlse
     dsinks = None
@@ -77,7 +82,7 @@ def backward(
         "lse": _rows(jnp.where(seen, lse * LOG2E, jnp.inf), tq, jnp.inf),
         "shift": _rows(jnp.where(seen, shift, 0), tq, 0),
     }
-    if q_segments is not None or k_valid is not None:
+    if segmented:
         arrays |= _segments(q_segments, k_segments, k_valid, (b, t, s), (tq, ts))
     call = functools.partial(
         _run, mask=mask, t=t, s=s, scale=scale, softcap=softcap, blocks=blocks, interpret=interpret
@@ -88,72 +93,100 @@ def backward(
     return dq, dk, dv, dsinks
 
 
-def choose_blocks(t: int, s: int, h: int, dv: int) -> Blocks:
-    """Tiles as large as the sequence allows, and a chunk of keys whose arrays fill about 12 MB of VMEM."""
-    block_q = min(512, _round_up(t, 128))
-    block_k = min(512, _round_up(s, 128))
-    wide = max(_round_up(h, 128), _round_up(dv, 128))
-    return Blocks(block_q, block_k, min(4096 * 128 // wide, _round_up(s, block_k)))
+# Tiles to choose from, and the bundles of one on a v6e per 2048 x 2048 of visited work.
+TILES = {(512, 512): 23552, (1024, 512): 21568}
+CHUNK_BYTES = 12 * 2**20  # of VMEM for a chunk of keys; the rest of VMEM_BYTES is for queries and spilled registers
+VMEM_BYTES = 16 * 2**20  # the whole of the smallest chip's
+
+
+@functools.lru_cache(maxsize=256)
+def choose_blocks(mask: Mask, t: int, s: int, widths: int, itemsize: int, segmented: bool) -> Blocks:
+    """The tiles with the least work for this mask, and a chunk of keys that fits VMEM.
+
+    widths is the head dims of keys and values together, as padded to lanes.
+    """
+    tiles = TILES if itemsize == 2 else {(256, 256): 1}  # a float32 product is made of several, which spill
+    tiles = {(min(q, _round_up(t, 128)), min(k, _round_up(s, 128))): cost for (q, k), cost in tiles.items()}
+    work = {(q, k): cost * q * k * int((tile_kinds(mask, t, s, q, k) != SKIP).sum()) for (q, k), cost in tiles.items()}
+    q, k = min(work, key=lambda tile: (work[tile], tile))
+    key_bytes = widths * (4 * itemsize + 4) + (1024 if segmented else 0)
+    chunks = -(-s // max(k, CHUNK_BYTES // key_bytes // k * k))
+    return Blocks(q, k, _round_up(-(-s // chunks), k))
 
 
 def _run(arrays, *, mask, t, s, scale, softcap, blocks, interpret):
-    """The kernel over each chunk of keys: dq float32 summed over chunks, dk and dv joined."""
+    """The kernel over each chunk of keys: dq summed over chunks in float32, dk and dv joined."""
     (b, n, tq, h), (kh, ts) = arrays["q"].shape, arrays["k"].shape[1:3]
-    plan = _plan(mask, t, s, blocks, "k_segments" in arrays)
-    chunks = ts // blocks.chunk
+    plan = _plan(mask, t, s, blocks)
     kernel = functools.partial(
         _call, arrays, plan=plan, s=s, mask=mask, scale=scale, softcap=softcap, blocks=blocks, interpret=interpret
     )
+    chunks = len(plan.chunk)
     if chunks == 1:
-        return kernel(plan.columns[0], plan.bounds[0], np.zeros(1, np.int32), None)
+        return kernel(*(x[0] for x in plan.scalars), None)
 
-    def step(dq, chunk):
-        dq, dk, dv = kernel(*chunk, dq)
+    def step(dq, scalars):
+        dq, dk, dv = kernel(*scalars, dq)
         return dq, (dk, dv)
 
-    numbers = np.arange(chunks, dtype=np.int32)[:, None]
-    dq, (dk, dv) = jax.lax.scan(step, jnp.zeros((b, n, tq, h), jnp.float32), (plan.columns, plan.bounds, numbers))
+    dq, (dk, dv) = jax.lax.scan(step, jnp.zeros((b, n, tq, h), jnp.float32), plan.scalars)
     return dq, *(jnp.moveaxis(x, 0, 2).reshape(b, kh, ts, x.shape[-1]) for x in (dk, dv))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
-    """Per chunk of keys: the key tiles of each row of query tiles, FULL ones first.
+    """Per chunk of keys: the tiles of queries that see some of it, and their key tiles, FULL ones first.
 
-    columns int32 [chunks, longest] are numbers of tiles within the chunk; bounds int32 [chunks, 3 * rows] the start,
-    the end of the FULL ones and the end of each row's part of it.
+    chunk int32 [chunks, 2] is its number and how many of the rows count; rows int32 [chunks, most] the tiles of
+    queries, the last one repeated; bounds int32 [chunks, 3 * most] for each row the start, the end of the FULL ones and
+    the end of its part of columns; columns int32 [chunks, longest] the numbers of key tiles within the chunk.
     """
 
-    columns: np.ndarray
+    chunk: np.ndarray
+    rows: np.ndarray
     bounds: np.ndarray
+    columns: np.ndarray
     visited: int
+
+    @property
+    def scalars(self) -> tuple[np.ndarray, ...]:
+        return self.chunk, self.rows, self.bounds, self.columns
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(mask: Mask, t: int, s: int, blocks: Blocks, all_partial: bool) -> _Plan:
+def _plan(mask: Mask, t: int, s: int, blocks: Blocks) -> _Plan:
     kinds = tile_kinds(mask, t, s, blocks.q, blocks.k)
     width = blocks.chunk // blocks.k
-    columns, bounds = [], []
-    for first in range(0, kinds.shape[1], width):
-        chunk, flat, ends = kinds[:, first : first + width], [], []
-        for row in chunk:
-            full = [] if all_partial else np.flatnonzero(row == FULL).tolist()
-            partial = np.flatnonzero(row != SKIP) if all_partial else np.flatnonzero((row != SKIP) & (row != FULL))
+    chunk, rows, bounds, columns = [], [], [], []
+    for number, first in enumerate(range(0, kinds.shape[1], width)):
+        part = kinds[:, first : first + width]
+        # A single chunk writes dq where others add to it, so it visits every row.
+        some = np.flatnonzero((part != SKIP).any(1)).tolist() if kinds.shape[1] > width else list(range(len(part)))
+        flat, ends = [], []
+        for row in some:
+            full, partial = (np.flatnonzero(part[row] == kind).tolist() for kind in (FULL, PARTIAL))
             ends += [len(flat), len(flat) + len(full), len(flat) + len(full) + len(partial)]
-            flat += full + partial.tolist()
-        columns.append(flat)
+            flat += full + partial
+        chunk.append([number, len(some)])
+        rows.append(some)
         bounds.append(ends)
-    longest = max(1, *map(len, columns))
-    padded = np.array([flat + [0] * (longest - len(flat)) for flat in columns], np.int32)
-    return _Plan(padded, np.array(bounds, np.int32), int((kinds != SKIP).sum()))
+        columns.append(flat)
+    visited = int((kinds != SKIP).sum())
+    return _Plan(np.array(chunk, np.int32), _rectangle(rows), _rectangle(bounds), _rectangle(columns), visited)
 
 
-def _call(arrays, columns, bounds, chunk, dq, *, plan, s, mask, scale, softcap, blocks, interpret):
+def _rectangle(lists: list[list[int]]) -> np.ndarray:
+    """int32 [lists, longest], at least one wide; a list's last element fills up the rest."""
+    longest = max(1, *map(len, lists))
+    return np.array([x + (x[-1:] or [0]) * (longest - len(x)) for x in lists], np.int32)
+
+
+def _call(arrays, chunk, rows, bounds, columns, dq, *, plan, s, mask, scale, softcap, blocks, interpret):
     (b, n, tq, h), kh, dv = arrays["q"].shape, arrays["k"].shape[1], arrays["v"].shape[-1]
-    group, rows, size = n // kh, tq // blocks.q, blocks.chunk
-    per_q = lambda b, k, g, i, *_: (b, k * group + g, i, 0)
-    per_row = lambda b, k, g, i, *_: (b, k * group + g, 0, i)
-    per_chunk = lambda b, k, g, i, columns, bounds, chunk: (b, k, chunk[0], 0)
+    group, size = n // kh, blocks.chunk
+    per_q = lambda b, k, g, i, chunk, rows, *_: (b, k * group + g, rows[i], 0)
+    per_row = lambda b, k, g, i, chunk, rows, *_: (b, k * group + g, 0, rows[i])
+    per_chunk = lambda b, k, g, i, chunk, *_: (b, k, chunk[0], 0)
     tile = lambda width: pl.BlockSpec((None, None, blocks.q, width), per_q)
     specs = {
         "q": tile(h),
@@ -162,8 +195,8 @@ def _call(arrays, columns, bounds, chunk, dq, *, plan, s, mask, scale, softcap, 
         "do": tile(dv),
         "lse": pl.BlockSpec((None, None, 1, blocks.q), per_row),
         "shift": pl.BlockSpec((None, None, 1, blocks.q), per_row),
-        "q_segments": pl.BlockSpec((None, 1, blocks.q), lambda b, k, g, i, *_: (b, 0, i)),
-        "k_segments": pl.BlockSpec((None, size, 1), lambda b, k, g, i, columns, bounds, chunk: (b, chunk[0], 0)),
+        "q_segments": pl.BlockSpec((None, 1, blocks.q), lambda b, k, g, i, chunk, rows, *_: (b, 0, rows[i])),
+        "k_segments": pl.BlockSpec((None, size, 1), lambda b, k, g, i, chunk, *_: (b, chunk[0], 0)),
         "dq": tile(h),
     }
     operands = arrays if dq is None else arrays | {"dq": dq}
@@ -171,7 +204,7 @@ def _call(arrays, columns, bounds, chunk, dq, *, plan, s, mask, scale, softcap, 
     kernel = functools.partial(
         _kernel, names=tuple(operands), mask=mask, s=s, scale=scale, softcap=softcap, block_k=blocks.k
     )
-    area = plan.visited * blocks.q * blocks.k * b * n
+    area = plan.visited * blocks.q * blocks.k * b * n // len(plan.chunk)
     shapes = [
         jax.ShapeDtypeStruct((b, n, tq, h), dtype if dq is None else jnp.float32),
         jax.ShapeDtypeStruct((b, kh, size, h), dtype),
@@ -182,8 +215,8 @@ def _call(arrays, columns, bounds, chunk, dq, *, plan, s, mask, scale, softcap, 
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(b, kh, group, rows),
+            num_scalar_prefetch=4,
+            grid=(b, kh, group, len(rows)),
             in_specs=[specs[name] for name in operands],
             out_specs=[tile(h), whole(h), whole(dv)],
             scratch_shapes=[
@@ -193,9 +226,9 @@ def _call(arrays, columns, bounds, chunk, dq, *, plan, s, mask, scale, softcap, 
             ],
         ),
         out_shape=shapes,
-        input_output_aliases={} if dq is None else {3 + len(arrays): 0},
+        input_output_aliases={} if dq is None else {4 + len(arrays): 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * area * (3 * h + 2 * dv),
@@ -204,10 +237,10 @@ def _call(arrays, columns, bounds, chunk, dq, *, plan, s, mask, scale, softcap, 
         ),
         interpret=interpret,
         name="flash_backward",
-    )(columns, bounds, chunk, *operands.values())
+    )(chunk, rows, bounds, columns, *operands.values())
 
 
-def _kernel(columns, bounds, chunk, *refs, names, mask, s, scale, softcap, block_k):
+def _kernel(chunk, rows, bounds, columns, *refs, names, mask, s, scale, softcap, block_k):
     """One tile of queries against its key tiles in the chunk."""
     operands, (dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum) = dict(zip(names, refs, strict=False)), refs[-6:]
     g, i = pl.program_id(2), pl.program_id(3)
@@ -217,16 +250,18 @@ def _kernel(columns, bounds, chunk, *refs, names, mask, s, scale, softcap, block
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    dq_sum[...] = jnp.zeros_like(dq_sum)
-    visit = functools.partial(
-        _visit, operands, (dq_sum, dk_sum, dv_sum), mask=mask, s=s, scale=scale, softcap=softcap, block_k=block_k
-    )
-    q0, k0 = i * operands["q"].shape[0], chunk[0] * operands["k"].shape[0]
-    full, partial, end = (bounds[3 * i + x] for x in range(3))
-    jax.lax.fori_loop(full, partial, lambda at, _: visit(columns[at], q0, k0, masked=False), None)
-    jax.lax.fori_loop(partial, end, lambda at, _: visit(columns[at], q0, k0, masked=True), None)
-    dq = dq_sum[...] * scale
-    dq_ref[...] = (operands["dq"][...] + dq if "dq" in operands else dq).astype(dq_ref.dtype)
+    @pl.when((i < chunk[1]) | (i == 0))
+    def _():
+        dq_sum[...] = jnp.zeros_like(dq_sum)
+        q0, k0 = rows[i] * operands["q"].shape[0], chunk[0] * operands["k"].shape[0]
+        visit = functools.partial(
+            _visit, operands, (dq_sum, dk_sum, dv_sum), q0, k0, s=s, scale=scale, softcap=softcap, block_k=block_k
+        )
+        full, partial, end = (bounds[3 * i + x] for x in range(3))
+        jax.lax.fori_loop(full, partial, lambda at, _: visit(columns[at], mask=None), None)
+        jax.lax.fori_loop(partial, end, lambda at, _: visit(columns[at], mask=mask), None)
+        dq = dq_sum[...] * scale
+        dq_ref[...] = (operands["dq"][...] + dq if "dq" in operands else dq).astype(dq_ref.dtype)
 
     @pl.when((g == pl.num_programs(2) - 1) & (i == pl.num_programs(3) - 1))
     def _():
@@ -234,39 +269,39 @@ def _kernel(columns, bounds, chunk, *refs, names, mask, s, scale, softcap, block
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _visit(operands, sums, column, q0, k0, *, mask, s, scale, softcap, block_k, masked):
-    """Adds the gradients of one tile to the sums."""
+def _visit(operands, sums, q0, k0, column, *, mask, s, scale, softcap, block_k):
+    """Adds the gradients of one tile to the sums; without a mask all of it is seen, up to segments."""
     dq_sum, dk_sum, dv_sum = sums
     keys = pl.ds(pl.multiple_of(column * block_k, block_k), block_k)
     q, do, k, v = operands["q"][...], operands["do"][...], operands["k"][keys, :], operands["v"][keys, :]
-    dot = functools.partial(
-        jax.lax.dot_general, preferred_element_type=jnp.float32, precision=_precision(q.dtype)
-    )
-    nn, nt, tn = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
-    products = dot(k, q, nt)  # [block_k, block_q]
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(q.dtype))
+    products, squashed = dot(k, q, NT), None  # [block_k, block_q]
     if softcap is None:
         p = jnp.exp2(products * (scale * LOG2E) - operands["lse"][...])
     else:
         squashed = jnp.tanh(products * (scale / softcap))
         p = jnp.exp2(squashed * (softcap * LOG2E) - operands["lse"][...])
-    if masked:
-        p = jnp.where(_visible(operands, column * block_k, q0, k0, mask, s, p.shape), p, 0)
-    dv_sum[keys, :] += dot(p.astype(do.dtype), do, nn)
-    ds = p * (dot(v, do, nt) - operands["shift"][...])
-    if softcap is not None:
+    seen = _seen(operands, keys, q0, k0 + column * block_k, mask, s, p.shape)
+    p = p if seen is None else jnp.where(seen, p, 0)
+    dv_sum[keys, :] += dot(p.astype(do.dtype), do, NN)
+    ds = p * (dot(v, do, NT) - operands["shift"][...])
+    if squashed is not None:
         ds = ds * (1 - squashed * squashed)
     ds = ds.astype(q.dtype)
-    dk_sum[keys, :] += dot(ds, q, nn)
-    dq_sum[...] += dot(ds, k, tn)
+    dk_sum[keys, :] += dot(ds, q, NN)
+    dq_sum[...] += dot(ds, k, TN)
 
 
-def _visible(operands, start, q0, k0, mask, s, shape):
-    """Which queries see which keys, bool [block_k, block_q]."""
-    k_pos = k0 + start + jax.lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
-    q_pos = q0 + jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
-    seen = mask(q_pos, k_pos) & (k_pos < s)
+def _seen(operands, keys, q0, k0, mask, s, shape):
+    """Which queries see which keys, bool [block_k, block_q], or None for all of them."""
+    seen = None
+    if mask is not None:
+        k_pos = k0 + jax.lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
+        q_pos = q0 + jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
+        seen = mask(q_pos, k_pos) & (k_pos < s)
     if "k_segments" in operands:
-        seen = seen & (operands["q_segments"][...] == operands["k_segments"][pl.ds(start, shape[0]), :])
+        same = operands["q_segments"][...] == operands["k_segments"][keys, :]
+        seen = same if seen is None else seen & same
     return seen
 
 
@@ -290,10 +325,6 @@ def _rows(x, length, fill):
     """[B, T, N] to [B, N, 1, T]: a row of lanes."""
     padded = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)), constant_values=fill)
     return padded.swapaxes(1, 2)[:, :, None].astype(jnp.float32)
-
-
-def _precision(dtype):
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _round_up(x: int, step: int) -> int:
