@@ -59,7 +59,9 @@ def table(rope: Rope, positions: Array, length: int) -> tuple[Array, Array]:
     def once(positions: Array) -> tuple[Array, Array]:
         # XLA on CPU holds cos and sin for cheap and repeats them in every layer and head (a tenth of a prefill); it
         # does not look into a branch, nor see that this one is always taken.
-        return jax.lax.cond(positions.ravel()[0] >= -1, made, lambda p: jax.tree.map(jnp.zeros_like, made(p)), positions)
+        return jax.lax.cond(
+            positions.ravel()[0] >= -1, made, lambda p: jax.tree.map(jnp.zeros_like, made(p)), positions
+        )
 
     return jax.lax.platform_dependent(positions, cpu=once, default=made)
 
