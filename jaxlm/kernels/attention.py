@@ -53,6 +53,7 @@ class Implementation:
 IMPLS = {
     i.name: i
     for i in (
+        Implementation("flash_tpu", "jaxlm.kernels.flash_tpu", platform="tpu"),
         Implementation("cudnn", "jaxlm.kernels.cudnn"),
         Implementation("reference", "jaxlm.kernels.attention"),
     )
