@@ -26,7 +26,6 @@ CHIPS = {
     "v6e": ("v6e:2x2", "v6e-4"),
     "tpu7x": ("tpu7x:2x2x1", "tpu7x-8"),
 }
-NO_LIBTPU = "libtpu, the TPU compiler, is not installed (it has wheels for Linux x86_64 only)"
 DELAY = 4  # bundles after a branch that run in any case
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 

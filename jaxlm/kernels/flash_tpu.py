@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlm.kernels import flash_tpu_bwd
 from jaxlm.kernels.call import Call, precision
-from jaxlm.kernels.masks import FULL, PARTIAL, SKIP, Mask
+from jaxlm.kernels.masks import PARTIAL, SKIP, Mask
 from jaxlm.kernels.plan import tile_kinds
 
 LOG2E = math.log2(math.e)
@@ -89,8 +89,8 @@ def flash_tpu(
         arrays |= {name: jnp.broadcast_to(x, (b, x.shape[1])) for name, x in (("queries", queries), ("keys", keys))}
     if sinks is not None:
         arrays["sinks"] = sinks.astype(jnp.float32)
-    out, lse = _attend(arrays, Static(mask, float(scale), softcap, interpret, blocks))
-    return (out, lse) if return_lse else out
+    both: Any = _attend(arrays, Static(mask, float(scale), softcap, interpret, blocks))
+    return both if return_lse else both[0]
 
 
 def refuses_flash_tpu(call: Call) -> str | None:
@@ -121,8 +121,8 @@ def _attend(arrays: dict[str, Array], static: Static) -> tuple[Array, Array]:
 
 
 def _attend_forward(arrays, static):
-    out, lse = _attend(arrays, static)
-    return (out, lse), (arrays, out, lse)
+    both: Any = _attend(arrays, static)
+    return both, (arrays, *both)
 
 
 def _attend_backward(static, saved, gradients):
@@ -139,8 +139,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _backward(arrays, batch_axes, *, static):
     dq, dk, dv, dsinks = flash_tpu_bwd.backward(
-        *(arrays[name] for name in ("q", "k", "v", "out", "lse", "dout", "dlse")),
-        static.mask,
+        mask=static.mask,
+        **{name: arrays[name] for name in ("q", "k", "v", "out", "lse", "dout", "dlse")},
         scale=static.scale,
         softcap=static.softcap,
         q_segments=arrays.get("queries"),
@@ -166,15 +166,13 @@ def _shard(function, arrays: dict[str, Array], results: tuple[str, ...]) -> Any:
     batch = tuple(a for a in BATCH_AXES if a in free)
     heads = tuple(a for a in HEAD_AXES if a in free)
     for what, size, axes in (
-        ("batch", arrays["q"].shape[0], batch),
+        ("examples", arrays["q"].shape[0], batch),
         ("query heads", arrays["q"].shape[2], heads),
         ("key-value heads", arrays["k"].shape[2], heads),
     ):
         ways = math.prod(mesh.shape[a] for a in axes)
         if size % ways:
-            raise ValueError(
-                f"flash_tpu splits over the mesh axes {axes} of {ways} devices; {what} {size} does not fit"
-            )
+            raise ValueError(f"flash_tpu: {what} {size} do not split over the mesh axes {axes} of {ways} devices")
     specs = {4: P(batch or None, None, heads or None), 3: P(batch or None, None, heads or None), 2: P(batch or None)}
     specs |= {1: P(heads or None)}
     rank = {name: x.ndim for name, x in arrays.items()} | {"lse": 3}
