@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 
@@ -20,8 +21,8 @@ class BlockTable:
     """Which key blocks each block of queries sees.
 
     blocks int32 [N or 1, query blocks, slots] holds key blocks, -1 for an empty slot; a block listed m times counts m
-    times in the softmax. Queries and keys come in blocks of `block` tokens. The query blocks in full_rows (negative ones
-    from the end) see every key once, whatever their row of `blocks` says.
+    times in the softmax. Queries and keys come in blocks of `block` tokens. The query blocks in full_rows (negative
+    ones from the end) see every key once, whatever their row of `blocks` says.
     """
 
     blocks: Array
@@ -39,16 +40,15 @@ class BlockTable:
             )
         rows, columns, shape = t // self.block, s // self.block, self.blocks.shape
         if len(shape) != 3 or shape[0] not in (1, heads) or shape[1] != rows or not shape[2]:
-            raise ValueError(
-                f"a BlockTable for {heads} heads and {rows} query blocks needs blocks [{heads} or 1, {rows}, slots], got {shape}"
-            )
+            want = f"[{heads} or 1, {rows}, slots]"
+            raise ValueError(f"a BlockTable for {heads} heads and {rows} query blocks needs {want}, got {shape}")
         if self.blocks.dtype != jnp.int32:
             raise ValueError(f"a BlockTable needs int32 blocks, got {self.blocks.dtype}")
         if outside := [row for row in self.full_rows if not -rows <= row < rows]:
             raise ValueError(f"full_rows {outside} are not among {rows} query blocks")
-        if not isinstance(self.blocks, jax.core.Tracer):
-            entries = np.asarray(self.blocks)
-            low, high = int(entries.min()), int(entries.max())
+        if not isinstance(self.blocks, Tracer):
+            known = np.asarray(self.blocks)  # numpy, because under jit even an operation on a constant is traced
+            low, high = known.min(), known.max()
             if low < -1 or high >= columns:
                 raise ValueError(f"a BlockTable for {columns} key blocks holds {low if low < -1 else high}")
 
@@ -91,7 +91,7 @@ def merge_rows(
 
 
 def visited_share(table: BlockTable, key_blocks: int, group: int = 1) -> float:
-    """The share of dense work that tiles of `group` query blocks by one key block do: 1 if they visit every key block."""
+    """The share of dense work in tiles of `group` query blocks by one key block: 1 if every key block is visited."""
     counts = np.asarray(block_counts(table, key_blocks))
     rows = np.pad(counts, ((0, 0), (0, -counts.shape[1] % group), (0, 0)))
     return float((rows.reshape(rows.shape[0], -1, group, key_blocks) > 0).any(2).mean())
