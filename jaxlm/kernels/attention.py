@@ -55,6 +55,7 @@ IMPLS = {
     for i in (
         Implementation("flash_tpu", "jaxlm.kernels.flash_tpu", platform="tpu"),
         Implementation("cudnn", "jaxlm.kernels.cudnn"),
+        Implementation("xla", "jaxlm.kernels.xla"),
         Implementation("reference", "jaxlm.kernels.attention"),
     )
 }

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int
 
-from jaxlm.kernels.attention import precision
+from jaxlm.kernels.call import precision
 from jaxlm.kernels.masks import FULL, PARTIAL, SKIP, Mask
 from jaxlm.kernels.plan import tile_kinds
 
@@ -63,7 +63,7 @@ def backward(
     """
     (b, t, _, h), s = q.shape, k.shape[1]
     segmented = q_segments is not None or k_valid is not None
-    widths = _round_up(h, 128) + _round_up(v.shape[-1], 128)
+    widths = round_up(h, 128) + round_up(v.shape[-1], 128)
     blocks = blocks or choose_blocks(mask, t, s, widths, q.dtype.itemsize, segmented)
     delta = jnp.einsum("BTND,BTND->BTN", dout, out, preferred_element_type=jnp.float32)
     shift = delta if dlse is None else delta - dlse
@@ -72,18 +72,18 @@ def backward(
         taken = jnp.exp(sinks.astype(jnp.float32) - lse)
         dsinks = -(taken * shift).sum((0, 1)).astype(sinks.dtype)
     seen = lse > -jnp.inf
-    tq, ts = _round_up(t, blocks.q), _round_up(s, blocks.chunk)
+    tq, ts = round_up(t, blocks.q), round_up(s, blocks.chunk)
     arrays = {
-        "q": _heads_first(q, tq),
-        "k": _heads_first(k, ts),
-        "v": _heads_first(v, ts),
-        "do": _heads_first(dout.astype(v.dtype), tq),
+        "q": heads_first(q, tq),
+        "k": heads_first(k, ts),
+        "v": heads_first(v, ts),
+        "do": heads_first(dout.astype(v.dtype), tq),
         # Rows that see nothing, and the rows of padding, get the probability exp2(-inf) = 0.
-        "lse": _rows(jnp.where(seen, lse * LOG2E, jnp.inf), tq, jnp.inf),
-        "shift": _rows(jnp.where(seen, shift, 0), tq, 0),
+        "lse": lane_rows(jnp.where(seen, lse * LOG2E, jnp.inf), tq, jnp.inf),
+        "shift": lane_rows(jnp.where(seen, shift, 0), tq, 0),
     }
     if segmented:
-        arrays |= _segments(q_segments, k_segments, k_valid, (b, t, s), (tq, ts))
+        arrays |= segment_arrays(q_segments, k_segments, k_valid, (b, t, s), (tq, ts))
     call = functools.partial(
         _run, mask=mask, t=t, s=s, scale=scale, softcap=softcap, blocks=blocks, interpret=interpret
     )
@@ -106,19 +106,19 @@ def choose_blocks(mask: Mask, t: int, s: int, widths: int, itemsize: int, segmen
     widths is the head dims of keys and values together, as padded to lanes.
     """
     tiles = TILES if itemsize == 2 else {(256, 256): 1}  # a float32 product is made of several, which spill
-    tiles = {(min(q, _round_up(t, 128)), min(k, _round_up(s, 128))): cost for (q, k), cost in tiles.items()}
+    tiles = {(min(q, round_up(t, 128)), min(k, round_up(s, 128))): cost for (q, k), cost in tiles.items()}
     work = {(q, k): cost * q * k * int((tile_kinds(mask, t, s, q, k) != SKIP).sum()) for (q, k), cost in tiles.items()}
     q, k = min(work, key=lambda tile: (work[tile], tile))
     key_bytes = widths * (4 * itemsize + 4) + (1024 if segmented else 0)
     chunks = -(-s // max(k, CHUNK_BYTES // key_bytes // k * k))
-    return Blocks(q, k, _round_up(-(-s // chunks), k))
+    return Blocks(q, k, round_up(-(-s // chunks), k))
 
 
 def _run(arrays, *, mask, t, s, scale, softcap, blocks, interpret):
     """The kernel over each chunk of keys: dq summed over chunks in float32, dk and dv joined."""
     (b, n, tq, h), (kh, ts) = arrays["q"].shape, arrays["k"].shape[1:3]
     plan = _plan(mask, t, s, blocks)
-    kernel = functools.partial(
+    kernel: Any = functools.partial(
         _call, arrays, plan=plan, s=s, mask=mask, scale=scale, softcap=softcap, blocks=blocks, interpret=interpret
     )
     chunks = len(plan.chunk)
@@ -305,7 +305,7 @@ def _seen(operands, keys, q0, k0, mask, s, shape):
     return seen
 
 
-def _segments(q_segments, k_segments, k_valid, sizes, padded):
+def segment_arrays(q_segments, k_segments, k_valid, sizes, padded):
     """Segments as a row of queries [B, 1, T] and a column of keys [B, S, 1]; keys that are not valid are HIDDEN."""
     (b, t, s), (tq, ts) = sizes, padded
     q_segments = jnp.zeros((b, t), jnp.int32) if q_segments is None else q_segments
@@ -316,16 +316,16 @@ def _segments(q_segments, k_segments, k_valid, sizes, padded):
     return {"q_segments": row[:, None].astype(jnp.int32), "k_segments": column[:, :, None].astype(jnp.int32)}
 
 
-def _heads_first(x, length):
+def heads_first(x, length):
     """BTNH to BNTH, zeros up to the length."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
-def _rows(x, length, fill):
+def lane_rows(x, length, fill):
     """[B, T, N] to [B, N, 1, T]: a row of lanes."""
     padded = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)), constant_values=fill)
     return padded.swapaxes(1, 2)[:, :, None].astype(jnp.float32)
 
 
-def _round_up(x: int, step: int) -> int:
+def round_up(x: int, step: int) -> int:
     return -(-x // step) * step
