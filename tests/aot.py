@@ -5,7 +5,9 @@ libtpu reads its flags once, when it loads, so a schedule is made in a process o
 function and its shapes into one. Two processes may load libtpu at once (ALLOW_MULTIPLE_LIBTPU_LOAD).
 """
 
+import ast
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import pickle
@@ -131,14 +133,23 @@ class Schedule:
         """Used slots over all slots of that unit."""
         return self.slots(unit, **how) / (self.bundles(**how) * self.capacity[self.units.index(unit)])
 
-    def conditions(self, least: int = 200) -> list[tuple[int, int]]:
-        """The outermost ranges of at least so many bundles that a condition may skip, in order."""
+    def conditions(self, least: int = 150) -> list[tuple[int, int]]:
+        """The innermost ranges of at least so many bundles that a condition may skip, in order."""
         ranges = [(a, b) for a, b in self.branches if b - a >= least]
-        return [r for r in ranges if not any(o != r and o[0] <= r[0] and r[1] <= o[1] for o in ranges)]
+        return [r for r in ranges if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]
 
     def report(self, **how) -> dict[str, Any]:
         shares = {unit: round(self.share(unit, **how), 3) for unit in self.units}
         return {"bundles": self.bundles(**how), "slots": shares}
+
+
+KERNELS = Path(__file__).parent.parent / "jaxlm" / "kernels"
+
+
+def source_hash(*modules: str) -> str:
+    """Of the code of these modules of jaxlm/kernels, whatever their comments and their format."""
+    code = "".join(ast.dump(ast.parse((KERNELS / f"{module}.py").read_text())) for module in modules)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def schedule(f, *shapes, chip: str = "v6e", kernel: str = "") -> dict[str, Schedule]:

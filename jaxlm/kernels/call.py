@@ -53,9 +53,12 @@ def _device() -> tuple[str, tuple[int, int] | None]:
     return platform, (int(numbers[0]), int(numbers[1])) if major_minor else None
 
 
-def precision(dtype) -> jax.lax.Precision | None:
-    """float32 means float32: the default on TPU and recent GPUs would round the operands to bfloat16 or TF32."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def precision(dtype) -> jax.lax.Precision:
+    """float32 means float32: the default on TPU and recent GPUs would round the operands to bfloat16 or TF32.
+
+    Others say DEFAULT, for None is what the user's configuration says, and Mosaic refuses more of bfloat16.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def visible(
