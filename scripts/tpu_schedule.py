@@ -25,7 +25,7 @@ POINTS = [
 ]
 SIDE = 2048
 ALLOWED = 1.03
-TOKENS = 8192  # enough that XLA leaves the operands in HBM
+TOKENS = 32768  # with 8 heads, so much that XLA leaves the operands in HBM
 
 
 def forward(q, k, v):
@@ -65,7 +65,7 @@ def splash(q, k, v, gradient=False):
     )
 
 
-def shapes(width: int, heads: int = 2):
+def shapes(width: int, heads: int = 8):
     import jax
     import jax.numpy as jnp
 
@@ -77,7 +77,7 @@ def measure_forward(chip: str, width: int) -> dict:
     from jaxlm.kernels.masks import EVERYTHING
 
     (schedule,) = aot.schedule(forward, *shapes(width), chip=chip, kernel="flash_forward").values()
-    blocks = choose_blocks(EVERYTHING, TOKENS, TOKENS, 2, 1, 2)
+    blocks = choose_blocks(EVERYTHING, TOKENS, TOKENS, 8, 1, 2)
     (grid,) = [loop for loop in schedule.loops if loop.is_grid]
     conditions = [c for c in schedule.conditions() if grid.start <= c[0] and c[1] <= grid.stop]
     if len(conditions) != 2:
@@ -104,7 +104,7 @@ def measure_backward(chip: str, width: int) -> dict:
 def measure_splash(what: str, chip: str, width: int) -> int | None:
     """Bundles of jax's splash attention; None where it does not compile with these blocks."""
     try:
-        found = aot.schedule(functools.partial(splash, gradient=what == "backward"), *shapes(width, 1), chip=chip)
+        found = aot.schedule(functools.partial(splash, gradient=what == "backward"), *shapes(width), chip=chip)
     except RuntimeError as e:
         print(f"splash {what} {chip} {width}: {str(e).strip().splitlines()[-1]}")
         return None
