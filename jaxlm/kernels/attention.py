@@ -54,6 +54,7 @@ IMPLS = {
     i.name: i
     for i in (
         Implementation("cudnn", "jaxlm.kernels.cudnn"),
+        Implementation("xla", "jaxlm.kernels.xla"),
         Implementation("reference", "jaxlm.kernels.attention"),
     )
 }
