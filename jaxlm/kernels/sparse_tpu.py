@@ -61,7 +61,7 @@ class Tiling:
         likely = min(slots + (group - 1) * slots // 2, key_blocks)
         width = max(1, min(likely, MOST_KEYS // block))
         tiles = -(-query_blocks // group)
-        together = min(2, tiles)
+        together = 4 if tiles >= 4 else 2 if tiles >= 2 else 1  # a power of two
         step = round_up(-(-tiles // -(-tiles // TILES_A_STEP)), together)
         entries = round_up(min(group * slots, key_blocks), width)
         return cls(group, width, entries, together, step, round_up(tiles, step), round_up(likely, width))
@@ -297,20 +297,27 @@ def _forward_kernel(*refs, names, static: _Static, tiling: Tiling):
     jax.lax.fori_loop(0, tiling.step // tiling.together, together, None)
 
 
-def _forward_pass(tile: "_Tile", number, state):
-    """Adds `width` key blocks to the running maximum, sum and output, the latter transposed [Dv, rows]."""
-    top, total, out = state
-    logits, _, (_, v, _) = tile.logits(number)
-    new = jnp.maximum(top, logits.max(0, keepdims=True))
-    p, kept = jnp.exp2(logits - new), jnp.exp2(top - new)
-    out = out * kept + tile.dot(v, p.astype(v.dtype), TN)
-    return new, total * kept + p.sum(0, keepdims=True), out
+def _forward_pass(tiles: list["_Tile"], number, states):
+    """Adds `width` key blocks to each running maximum, sum and output, the latter transposed [Dv, rows].
+
+    Step by step over the tiles: while one waits for the matrix unit the others compute.
+    """
+    seen = [tile.logits(number) for tile in tiles]
+    tops = [jnp.maximum(top, x[0].max(0, keepdims=True)) for x, (top, _, _) in zip(seen, states, strict=True)]
+    weights = [jnp.exp2(x[0] - top) for x, top in zip(seen, tops, strict=True)]
+    kept = [jnp.exp2(old - top) for (old, _, _), top in zip(states, tops, strict=True)]
+    new = []
+    for i, (tile, (_, total, out)) in enumerate(zip(tiles, states, strict=True)):
+        v, p = seen[i][2][1], weights[i]
+        out = out * kept[i] + tile.dot(v, p.astype(v.dtype), TN)
+        new.append((tops[i], total * kept[i] + p.sum(0, keepdims=True), out))
+    return new
 
 
 def _backward_kernel(*refs, names, static: _Static, tiling: Tiling):
     """A step of tiles: their dq, and what they add to dk and dv."""
     x = dict(zip(names, refs, strict=True))
-    first = pl.program_id(3) * tiling.step
+    first, pair = pl.program_id(3) * tiling.step, min(2, tiling.together)
 
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
     def _():
@@ -318,40 +325,43 @@ def _backward_kernel(*refs, names, static: _Static, tiling: Tiling):
         x["dv"][...] = jnp.zeros_like(x["dv"])
 
     def together(at, _):
-        tiles = [_Tile(x, static, tiling, first, at * tiling.together + i) for i in range(tiling.together)]
+        tiles = [_Tile(x, static, tiling, first, at * pair + i) for i in range(pair)]
         sums = _passes(tiles, _backward_pass, [jnp.zeros(tile.q.shape, jnp.float32) for tile in tiles])
         for tile, dq in zip(tiles, sums, strict=True):
             x["dq"][tile.at, :] = (dq * static.scale).astype(x["dq"].dtype)
 
-    jax.lax.fori_loop(0, tiling.step // tiling.together, together, None)
+    jax.lax.fori_loop(0, tiling.step // pair, together, None)
 
 
-def _backward_pass(tile: "_Tile", number, dq):
-    """Adds the gradients of `width` key blocks."""
-    logits, squashed, (k, v, slices) = tile.logits(number)
-    x, do = tile.x, tile.x["do"][tile.at, :]
-    p = jnp.exp2(logits - x["lse"][:, tile.at])
-    dv = tile.dot(p.astype(do.dtype), do, NN)
-    ds = p * (tile.dot(v, do, NT) - x["shift"][:, tile.at])
-    if squashed is not None:
-        ds = ds * (1 - squashed * squashed)
-    ds = ds.astype(k.dtype)
-    dk, block = tile.dot(ds, tile.q, NN), tile.static.block
-    for i, keys in enumerate(slices):
-        x["dk"][keys, :] += dk[i * block : (i + 1) * block]
-        x["dv"][keys, :] += dv[i * block : (i + 1) * block]
-    return dq + tile.dot(ds, k, TN)
+def _backward_pass(tiles: list["_Tile"], number, sums):
+    """Adds the gradients of `width` key blocks: step by step over the tiles, as the forward pass."""
+    seen, x = [tile.logits(number) for tile in tiles], tiles[0].x
+    p = [jnp.exp2(s[0] - x["lse"][:, tile.at]) for tile, s in zip(tiles, seen, strict=True)]
+    ds = [_logit_gradients(*each) for each in zip(tiles, seen, p, strict=True)]
+    new = []
+    for tile, (_, _, (k, _, slices)), dlogits, weights, dq in zip(tiles, seen, ds, p, sums, strict=True):
+        do, block = x["do"][tile.at, :], tile.static.block
+        dk, dv = tile.dot(dlogits, tile.q, NN), tile.dot(weights.astype(do.dtype), do, NN)
+        for i, keys in enumerate(slices):
+            x["dk"][keys, :] += dk[i * block : (i + 1) * block]
+            x["dv"][keys, :] += dv[i * block : (i + 1) * block]
+        new.append(dq + tile.dot(dlogits, k, TN))
+    return new
 
 
-def _passes(tiles, one, states):
+def _logit_gradients(tile: "_Tile", seen, p):
+    _, squashed, (k, v, _) = seen
+    ds = p * (tile.dot(v, tile.x["do"][tile.at, :], NT) - tile.x["shift"][:, tile.at])
+    return (ds if squashed is None else ds * (1 - squashed * squashed)).astype(k.dtype)
+
+
+def _passes(tiles: list["_Tile"], one, states):
     """The passes over tiles that run interleaved: the first without a loop, since most lists need no other."""
-    states = [one(tile, 0, state) for tile, state in zip(tiles, states, strict=True)]
-    tiling = tiles[0].tiling
+    states, tiling = one(tiles, 0, states), tiles[0].tiling
     if tiling.entries == tiling.width:
         return states
     most = functools.reduce(jnp.maximum, [tile.passes for tile in tiles])
-    step = lambda number, states: [one(tile, number, state) for tile, state in zip(tiles, states, strict=True)]
-    return jax.lax.fori_loop(1, most, step, states)
+    return jax.lax.fori_loop(1, most, functools.partial(one, tiles), states)
 
 
 class _Tile:
