@@ -54,11 +54,10 @@ def splash(q, k, v, gradient=False):
 
     q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * q.shape[0])
-    names = ("block_q", "block_kv", "block_kv_compute")
-    sizes = dict.fromkeys((f"{name}_dkv" for name in names), 1024) | {"block_q_dq": 1024, "block_kv_dq": 1024}
     blocks = kernel.BlockSizes(
-        **dict(zip(names, (2048, 2048, 512), strict=True)), **sizes | {"block_kv_dkv_compute": 512}
-    )
+        block_q=2048, block_kv=2048, block_kv_compute=512, block_q_dq=1024, block_kv_dq=1024,
+        block_q_dkv=1024, block_kv_dkv=1024, block_kv_dkv_compute=512,
+    )  # fmt: skip
     attend = kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
     return (
         jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v) if gradient else attend(q, k, v)
