@@ -51,12 +51,9 @@ def tile_plan(mask: Mask, t: int, s: int, block_q: int, block_k: int, transposed
 
 
 def tile_kinds(mask: Mask, t: int, s: int, block_q: int, block_k: int) -> np.ndarray:
-    """SKIP, PARTIAL or FULL for every tile, int [query tiles, key tiles]."""
-    rows, columns = -(-t // block_q), -(-s // block_k)
-    kinds = np.empty((rows, columns), np.int32)
-    for i, j in np.ndindex(rows, columns):
-        q0, k0 = i * block_q, j * block_k
-        kind = mask.tile(q0, min(q0 + block_q, t), k0, min(k0 + block_k, s))
-        ragged = q0 + block_q > t or k0 + block_k > s
-        kinds[i, j] = PARTIAL if kind == FULL and ragged else kind
-    return kinds
+    """SKIP, PARTIAL or FULL for every tile, int32 [query tiles, key tiles]."""
+    q0, k0 = np.arange(0, t, block_q)[:, None], np.arange(0, s, block_k)[None, :]
+    q1, k1 = q0 + block_q, k0 + block_k
+    kinds = mask.tile(q0, np.minimum(q1, t), k0, np.minimum(k1, s))
+    ragged = (q1 > t) | (k1 > s)
+    return np.where((kinds == FULL) & ragged, PARTIAL, kinds).astype(np.int32)

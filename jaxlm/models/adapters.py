@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlm.kernels.attention import precision
+from jaxlm.kernels.call import precision
 
 Tree = Mapping[str, Any]
 Dict = dict[str, Any]

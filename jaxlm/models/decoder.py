@@ -138,7 +138,8 @@ def trunk(
     """x [B, T, D] through all layers and the final norm -> (hidden [B, T, D], cache, aux).
 
     positions [B, T] int32, -1 for padding, default 0..T-1 (with `valid` [B, T] bool: counted over valid tokens);
-    required with a cache, which holds what came before. segments [B, T] int32 keep packed sequences apart. rope_len
+    required with a cache, which holds what came before. segments [B, T] int32 keep packed sequences apart, each
+    in one piece. rope_len
     (default T) is the length that `dynamic` and `longrope` frequencies are made for; with a cache it must be given
     for those. taps=("residual",) returns the stream after each layer, aux["residual"] [L, B, T, D]. aux["router_loss"]
     is the load-balancing loss of mixture-of-experts layers. rng switches dropout on. adapters: a tree as

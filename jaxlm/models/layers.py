@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlm.kernels.attention import precision
+from jaxlm.kernels.call import precision
 from jaxlm.models.adapters import adapted
 from jaxlm.models.config import NormConfig
 

@@ -60,9 +60,7 @@ class SelfAttention(nn.Module):
             keys.pop("k"),
             keys.pop("v"),
             CAUSAL if self.kind.window is None else window(self.kind.window),
-            q_segments=tokens.segments,
-            k_segments=keys.pop("segments", tokens.segments),
-            k_shared=tokens.shared,
+            **_apart(tokens, keys.pop("segments", tokens.segments)),
             scale=scale,
             softcap=a.softcap,
             dropout=(c.dropout.attention, rng) if rng is not None and c.dropout.attention else None,
@@ -91,6 +89,10 @@ class SelfAttention(nn.Module):
     def _remember(self, k: Array, v: Array, tokens: Tokens, state: State | None) -> tuple[dict, State | None]:
         """The keys that these queries look at, and the cache after them."""
         pos = tokens.positions
+        if state is None and tokens.segments is not None and tokens.shared is None:
+            # A segment stands in one piece, so its indices differ as its positions do; and masks over indices are
+            # known when tracing, so that kernels leave out what nobody sees.
+            return {"k": k, "v": v, "k_valid": tokens.valid}, None
         if state is None:
             return {"k": k, "v": v, "q_pos": pos, "k_pos": pos}, None
         assert pos is not None  # `trunk` asks for positions with a cache
@@ -102,6 +104,17 @@ class SelfAttention(nn.Module):
             return {"k": new["k"], "v": new["v"], "q_pos": pos, "k_pos": new["pos"]}, new
         beside = lambda name, fresh: jnp.concatenate([state[name], fresh], axis=1)
         return {"k": beside("k", k), "v": beside("v", v), "q_pos": pos, "k_pos": beside("pos", pos)}, new
+
+
+def _apart(tokens: Tokens, k_segments: Array | None) -> dict[str, Array | None]:
+    """What keeps packed sequences apart. Virtual tokens belong to all of them, which numbers of segments cannot say: a
+    bias does, at the cost of one float a pair."""
+    if tokens.shared is None:
+        return {"q_segments": tokens.segments, "k_segments": k_segments}
+    assert tokens.segments is not None and k_segments is not None
+    together = tokens.segments[:, :, None] == k_segments[:, None, :]
+    seen = together | (jnp.arange(k_segments.shape[1]) < tokens.shared)
+    return {"bias": jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min / 2)[:, None]}
 
 
 def empty_state(config: DecoderConfig, kind: Kind, batch: int, length: int, dtype) -> State:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlm.kernels.attention import precision
+from jaxlm.kernels.call import precision
 
 IGNORE = -100  # a target that counts for nothing
 _CHUNK = 1 << 24  # logits at a time where the caller does not say: 64 MiB in float32

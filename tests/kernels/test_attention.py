@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 
 import jaxlm.kernels.attention as module
-from jaxlm.kernels.attention import attention, cudnn, refuses_cudnn
+from jaxlm.kernels.attention import attention
+from jaxlm.kernels.call import call_of
+from jaxlm.kernels.cudnn import cudnn, refuses_cudnn
 from jaxlm.kernels.masks import CAUSAL, EVERYTHING, KeysBefore, dense, window
 
 B, T, S, N, K, H = 2, 7, 9, 4, 2, 8
@@ -79,31 +82,45 @@ def test_dropout_keeps_the_expectation():
     assert not np.array_equal(once(jax.random.key(0)), once(jax.random.key(1)))
 
 
+def judged(platform="gpu", mask=CAUSAL, given=(), dtype=jnp.bfloat16, v_dim=H, t=T, capability=None, lse=False):
+    call = call_of(*arrays(dtype=dtype, v_dim=v_dim, t=t), mask, given, lse, platform)
+    return refuses_cudnn(dataclasses.replace(call, capability=capability))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({}, "NVIDIA GPU, the default backend is 'cpu'"),
-        ({"platform": "gpu", "dtype": jnp.float32}, "computes in float16 or bfloat16, got float32"),
-        ({"platform": "gpu", "given": frozenset({"softcap", "sinks"})}, "has no sinks, softcap"),
-        ({"platform": "gpu", "mask": CAUSAL | KeysBefore(3)}, "has no exact form of Or"),
-        ({"platform": "gpu", "v_dim": 4}, "equal head dims"),
+        ({"platform": "cpu"}, "NVIDIA GPU, the platform is 'cpu'"),
+        ({"dtype": jnp.float32}, "computes in float16 or bfloat16, got float32"),
+        ({"given": {"softcap", "sinks"}}, "has no sinks, softcap"),
+        ({"mask": CAUSAL | KeysBefore(3)}, "has no exact form of Or"),
+        ({"v_dim": 4}, "equal head dims"),
+        ({"lse": True}, "rounded to the inputs' dtype and without its gradient"),
+        ({"mask": window(3), "t": S + 3}, "undefined where a query sees no key, as with 12 queries and 9 keys"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_cudnn_says_what_it_refuses(change, reason):
-    q, _, v = arrays(dtype=change.get("dtype", jnp.bfloat16), v_dim=change.get("v_dim", H))
-    got = refuses_cudnn(
-        q, v, change.get("mask", CAUSAL), change.get("given", frozenset()), change.get("platform", "cpu")
+    assert reason in judged(**change)
+
+
+def test_cudnn_takes_wide_heads_from_hopper_on():
+    wide = lambda capability: refuses_cudnn(
+        dataclasses.replace(
+            call_of(*(jax.ShapeDtypeStruct((1, 8, 2, 256), jnp.bfloat16),) * 3, CAUSAL, platform="gpu"),
+            capability=capability,
+        )
     )
-    assert reason in got
+    assert wide((9, 0)) is None
+    for capability in ((8, 9), None):
+        assert "up to 128, got 256" in wide(capability)
 
 
 def test_cudnn_accepts_causal_windows_and_says_the_same_to_jax():
     """The arguments that cuDNN would get, given to jax.nn's portable implementation of the same call."""
     q, k, v = arrays(t=S)
     for mask in (CAUSAL, EVERYTHING, window(3)):
-        half = q.astype(jnp.bfloat16)
-        assert refuses_cudnn(half, half, mask, frozenset(), "gpu") is None
+        assert judged(mask=mask) is None
         run = functools.partial(cudnn, scale=0.3, implementation="xla")
         np.testing.assert_allclose(run(q, k, v, mask), attention(q, k, v, mask, scale=0.3), atol=2e-6)
 
@@ -112,7 +129,7 @@ def test_a_named_implementation_never_falls_back():
     q, k, v = arrays()
     with pytest.raises(NotImplementedError, match=r"'cudnn' needs an NVIDIA GPU"):
         attention(q, k, v, CAUSAL, impl="cudnn")
-    with pytest.raises(ValueError, match=r"unknown attention implementation 'flsh'; there are cudnn, reference"):
+    with pytest.raises(ValueError, match=r"unknown attention implementation 'flsh'; there are cudnn, .*reference"):
         attention(q, k, v, CAUSAL, impl="flsh")
 
 
@@ -122,9 +139,14 @@ def test_the_choice_is_logged_once(caplog):
     with caplog.at_level("INFO", logger="jaxlm"):
         attention(q, k, v, CAUSAL)
         attention(q, k, v, CAUSAL)
-    assert [r.getMessage() for r in caplog.records] == [
-        "attention uses reference; cudnn needs an NVIDIA GPU, the default backend is 'cpu'"
-    ]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("attention uses reference; cudnn needs an NVIDIA GPU, the platform is 'cpu'")
+
+
+def test_an_implementation_of_another_platform_is_not_imported():
+    elsewhere = module.Implementation("mosaic", "no.such.module", "tpu")
+    call = call_of(*arrays(), CAUSAL, platform="gpu")
+    assert elsewhere.refuses(call) == "needs a TPU, the platform is 'gpu'"
 
 
 def test_bad_shapes_are_named():
@@ -137,3 +159,36 @@ def test_bad_shapes_are_named():
         check(q[0], k, v)
     with pytest.raises(ValueError, match="given together"):
         attention(q, k, v, CAUSAL, q_segments=jnp.zeros((B, T), int))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sinks": (3,)}, r"sinks must have shape \(4,\), or 1 where it broadcasts; got \(3,\)"),
+        ({"alibi": (1,)}, r"alibi must have shape \(4,\)"),
+        ({"bias": (1, 2, T, S)}, r"bias must have shape \(2, 4, 7, 9\)"),
+        ({"q_pos": (T,)}, r"q_pos must have shape \(2, 7\)"),
+        ({"k_valid": (B, T)}, r"k_valid must have shape \(2, 9\)"),
+    ],
+    ids=str,
+)
+def test_features_that_do_not_fit_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        module._check_features((B, T, N, H), S, {name: jnp.zeros(shape) for name, shape in given.items()})
+
+
+def test_a_dropout_rate_of_one_is_refused():
+    q, k, v = arrays()
+    with pytest.raises(ValueError, match=r"got 1\.0"):
+        attention(q, k, v, CAUSAL, dropout=(1.0, jax.random.key(0)))
+
+
+def test_alibi_is_the_slope_times_how_far_the_key_lies_ahead():
+    """transformers' BLOOM adds slope * k_pos, which differs by a constant of the row."""
+    q, k, v = arrays(t=S)
+    slopes = jnp.asarray([0.5, 0.25, -0.1, 0.0])
+    by_key = slopes[:, None, None] * jnp.arange(S, dtype=jnp.float32)
+    out, lse = attention(q, k, v, CAUSAL, alibi=slopes, return_lse=True, impl="reference")
+    want, want_lse = attention(q, k, v, CAUSAL, bias=by_key[None], return_lse=True, impl="reference")
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(lse, want_lse - slopes * jnp.arange(S)[:, None], atol=2e-6)
