@@ -6,14 +6,15 @@ torch is installed with CUDA, by its scaled_dot_product_attention and FlexAttent
 listed with the reason.
 
 Check: outputs and gradients against jaxlm's reference in float32, head by head, which is itself compared with NumPy in
-float64 at a few rows. An error is the largest over rows (a query or key of one head) of |x - reference| / |reference|,
-norms over the head dim, the latter at least its median.
+float64 at a few rows. An error is the largest over rows (a query or key of one head) of |x - reference| / size, norms
+over the head dim; size is |reference|, at least a twentieth of its median, and at least |gradient| |out| |k| / head_dim
+for dq and |dv| |v| |q| / head_dim for dk: rounding `out` alone moves them by that much times the precision.
 
 Time: the median of several samples, each of as many calls as fill --sample-ms, after warming up. Backward is the time
 of output and gradients together less the forward's. TFLOP/s count 2 x pairs x (D + Dv) forward and 2.5 times that
 backward; pairs are all of T x S, half of them if causal, and the visible ones under any other mask.
 
-Exits with 1 if anyone is wrong or an implementation of jaxlm fails.
+Exits with 1 if anyone is wrong or an implementation of jaxlm fails (its reference may be too large for the memory).
 """
 
 import argparse
@@ -44,8 +45,8 @@ from jaxlm.kernels.attention import attention
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.explain import explain_attention
 
-# Largest error of a row that passes, output and gradients. Rounding alone gives a third of these.
-TOLERANCE = {"bfloat16": (2e-2, 4e-2), "float16": (3e-3, 6e-3), "float32": (2e-5, 5e-5)}
+# Largest error of a row that passes, output and gradients. Rounding gives about a third of these at any length.
+TOLERANCE = {"bfloat16": (1e-2, 2e-2), "float16": (1.5e-3, 3e-3), "float32": (2e-5, 4e-5)}
 ANCHOR = 2e-5  # the float32 reference against float64
 BASELINE = "jax cudnn"
 
@@ -54,7 +55,7 @@ BASELINE = "jax cudnn"
 class Row:
     case: str
     contender: str
-    status: str = "ok"  # or wrong, refused, failed
+    status: str = "ok"  # or wrong, refused, too large (for the memory), failed
     why: str = ""
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     compile_s: float | None = None
@@ -76,12 +77,12 @@ def exact(data: Data) -> dict[str, np.ndarray]:
         out, pull = jax.vjp(f, *(x.astype(jnp.float32) for x in (q, k, v)))
         return out, *pull(g.astype(jnp.float32))
 
-    run, parts = jax.jit(run), []
+    run, parts, arrays = jax.jit(run), [], [np.asarray(x) for x in data.arrays]
     for b in range(case.batch):
         heads = []
         for kv in range(case.kv_heads):
             ours, theirs = slice(kv * group, (kv + 1) * group), slice(kv, kv + 1)
-            q, k, v, g = (x[b : b + 1, :, ours if x.shape[2] == case.heads else theirs] for x in data.arrays)
+            q, k, v, g = (x[b : b + 1, :, ours if x.shape[2] == case.heads else theirs] for x in arrays)
             table = data.mask.blocks if isinstance(data.mask, BlockTable) else None
             table = table[ours] if table is not None and len(table) > 1 else table
             given = {name: x[b : b + 1] for name, x in data.features.items() if name not in ("softcap", "sinks")}
@@ -93,12 +94,11 @@ def exact(data: Data) -> dict[str, np.ndarray]:
 
 def anchor(data: Data, out: np.ndarray, samples: int = 8) -> float:
     """The error of some rows of `out` against the definition in float64."""
-    case, rng, errors = data.case, np.random.default_rng(1), []
+    case, rng, errors, arrays = data.case, np.random.default_rng(1), [], [np.asarray(x) for x in data.arrays[:3]]
     for t in [0, case.t - 1, *rng.integers(0, case.t, samples).tolist()]:
         b, n = int(rng.integers(case.batch)), int(rng.integers(case.heads))
         kv = n // (case.heads // case.kv_heads)
-        q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (
-            data.arrays[0][b, t, n], data.arrays[1][b, :, kv], data.arrays[2][b, :, kv]))  # fmt: skip
+        q, k, v = (x.astype(np.float64) for x in (arrays[0][b, t, n], arrays[1][b, :, kv], arrays[2][b, :, kv]))
         logits = k @ q * case.head_dim**-0.5
         if case.softcap is not None:
             logits = case.softcap * np.tanh(logits / case.softcap)
@@ -115,12 +115,21 @@ def anchor(data: Data, out: np.ndarray, samples: int = 8) -> float:
     return max(errors)
 
 
-def row_error(got: np.ndarray, want: np.ndarray) -> float:
+def row_sizes(data: Data, want: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the error of each row is compared with, [B, rows, heads]."""
+    norms = {name: np.linalg.norm(x, axis=-1) for name, x in want.items()}
+    sizes = {name: np.maximum(norm, 0.05 * np.median(norm)) for name, norm in norms.items()}
+    q, k, v, g = (np.linalg.norm(np.asarray(x).astype(np.float32), axis=-1) for x in data.arrays)
+    sizes["dq"] = np.maximum(sizes["dq"], g * norms["out"] * np.median(k) / data.case.head_dim)
+    sizes["dk"] = np.maximum(sizes["dk"], norms["dv"] * v * np.median(q) / data.case.head_dim)
+    return sizes
+
+
+def row_error(got: np.ndarray, want: np.ndarray, size: np.ndarray) -> float:
     """The largest error of a row; inf if anything is not finite."""
     if not np.isfinite(got).all():
         return math.inf
-    size = np.linalg.norm(want, axis=-1)
-    return float((np.linalg.norm(got - want, axis=-1) / np.maximum(size, np.median(size))).max())
+    return float((np.linalg.norm(got - want, axis=-1) / size).max())
 
 
 def measure(call, wait, samples: int, sample_ms: float) -> float:
@@ -142,7 +151,7 @@ def measure(call, wait, samples: int, sample_ms: float) -> float:
 
 def check_and_time(row: Row, contender, data: Data, want: dict[str, np.ndarray], dtype: str, timing) -> Row:
     """Fills the row; what a contender raises becomes its reason."""
-    case = data.case
+    case, sizes = data.case, row_sizes(data, want)
     try:
         start = time.perf_counter()
         runner = contender(data)
@@ -151,7 +160,7 @@ def check_and_time(row: Row, contender, data: Data, want: dict[str, np.ndarray],
         runner.wait(got)
         row.compile_s = time.perf_counter() - start
         for name, x, limit in zip(want, got, (TOLERANCE[dtype][0], *3 * [TOLERANCE[dtype][1]]), strict=False):
-            row.errors[name] = row_error(runner.host(x), want[name])
+            row.errors[name] = row_error(runner.host(x), want[name], sizes[name])
             if not row.errors[name] <= limit:
                 row.status, row.why = (
                     "wrong",
@@ -167,9 +176,18 @@ def check_and_time(row: Row, contender, data: Data, want: dict[str, np.ndarray],
             row.gb_per_s = sum(x.nbytes for x in data.arrays[1:3]) / row.forward_ms / 1e6
     except Refused as reason:
         row.status, row.why = "refused", str(reason)
-    except Exception as error:  # out of memory, an unsupported shape: the others go on
-        row.status, row.why = "failed", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    except Exception as error:  # whatever it is, the others go on
+        memory = "RESOURCE_EXHAUSTED" in str(error) or type(error).__name__ == "OutOfMemoryError"
+        row.status = "too large" if memory else "failed"
+        row.why = f"{type(error).__name__}: {[*str(error).strip().splitlines(), ''][0][:200]}"
     return row
+
+
+def is_bad(contender: str, status: str) -> bool:
+    """Anyone's wrong figures; what jaxlm cannot, save that its reference, quadratic in T, may not fit."""
+    if contender == "jaxlm reference" and status == "too large":
+        return False
+    return status == "wrong" or (status in ("failed", "too large") and contender.startswith("jaxlm"))
 
 
 def show(case: Case, rows: list[Row], note: str, console: Console) -> None:
@@ -180,7 +198,7 @@ def show(case: Case, rows: list[Row], note: str, console: Console) -> None:
     base = next((row.forward_ms for row in rows if row.contender == BASELINE), None)
     number = lambda x, digits: "" if x is None else f"{x:,.{digits}f}"
     for row in rows:
-        if row.status in ("refused", "failed"):
+        if row.status not in ("ok", "wrong"):
             continue
         style = "red" if row.status == "wrong" else None
         worst = f"{max(row.errors.values()):.1e}{' wrong' if row.status == 'wrong' else ''}"
@@ -216,7 +234,7 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|" + 5 * "---:|",
     ]
     for row in report["rows"]:
-        if row["status"] in ("refused", "failed"):
+        if row["status"] not in ("ok", "wrong"):
             lines.append(
                 f"| {row['case']} | {row['contender']} | {row['status']}: {row['why'].replace('|', '/')} | | | | |"
             )
@@ -267,13 +285,15 @@ def main(argv: list[str] | None = None) -> int:
     if jax.default_backend() != "gpu" and not args.small:
         console.print(f"No GPU: jax runs on {jax.default_backend()}. --small makes a dry run anywhere.", style="red")
         return 2
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is all that a dry run waits for
     command = " ".join(["python", "scripts/gpu_check.py", *(sys.argv[1:] if argv is None else argv)])
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     report = machine() | {"command": command, "date": date, "dtype": args.dtype, "tolerance": TOLERANCE[args.dtype]}
     report["rows"] = rows = []
     console.print(f"{report['device']}, {report['versions']}", markup=False)
     for case in chosen:
-        data = make(case, args.dtype)
+        data = make(case, jnp.dtype(args.dtype))
         want = exact(data)
         if (error := anchor(data, want["out"])) > ANCHOR:
             console.print(f"{case.name}: the reference itself is off by {error:.1e} > {ANCHOR:.0e}", style="red")
@@ -282,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         done = []
         for name, run in everyone.items():
             done.append(check_and_time(Row(case.name, name), run, data, want, args.dtype, timing))
-            gc.collect()
+        gc.collect()  # the arrays of what failed are in cycles with their traceback
         q, k, _, _ = data.arrays
         told = explain_attention(q.shape, k.shape, data.mask, dtype=q.dtype, features=tuple(data.features))
         share = data.pairs / (case.batch * case.heads * case.t * case.s)
@@ -292,12 +312,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
         if args.markdown:
             args.markdown.write_text(markdown(report))
-    bad = [
-        row
-        for row in rows
-        if row["status"] == "wrong" or (row["status"] == "failed" and row["contender"].startswith("jaxlm"))
-    ]
-    return 1 if bad else 0
+    return int(any(is_bad(row["contender"], row["status"]) for row in rows))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ IMPLS = {
     for i in (
         Implementation("flash_tpu", "jaxlm.kernels.flash_tpu", platform="tpu"),
         Implementation("cudnn", "jaxlm.kernels.cudnn"),
+        Implementation("decode", "jaxlm.kernels.decode"),
         Implementation("xla", "jaxlm.kernels.xla"),
         Implementation("reference", "jaxlm.kernels.attention"),
     )
@@ -143,7 +144,8 @@ def reference(
         p = jnp.where(kept(dropout_seed(dropout[1]), dropout[0], rows, jnp.arange(s)), p / (1 - dropout[0]), 0)
     out = product("BKGTS,BSKH->BTKGH", p.astype(v.dtype).reshape(b, kh, n // kh, t, s), v)
     out = out.reshape(b, t, n, v.shape[-1]).astype(q.dtype)
-    return (out, (jnp.log(total) + top)[..., 0].swapaxes(1, 2)) if return_lse else out
+    lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)) + top)
+    return (out, lse[..., 0].swapaxes(1, 2)) if return_lse else out
 
 
 def refuses_reference(call: Call) -> str | None:

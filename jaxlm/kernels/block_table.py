@@ -6,6 +6,7 @@ listing adds to the softmax.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ class BlockTable:
     ones from the end) see every key once, whatever their row of `blocks` says.
     """
 
-    blocks: Array
+    blocks: Any  # an Array; transformations also put placeholders here
     block: int = dataclasses.field(metadata={"static": True})
     full_rows: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 

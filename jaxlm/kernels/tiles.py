@@ -6,6 +6,7 @@ keys [B, K, S, H]; logits are [B, K, G, Q, S] in float32. Tiles are stacked on a
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ class Tiles:
             a: _fold_line(lines[a], bk) for a in ("k_pos", "k_segments", "k_valid", "k_index") if a in lines
         }
         self.alibi, self.sinks = (self._by_head(x[a]) if a in x else None for a in ("alibi", "sinks"))
-        self.bias = _pad_bias(x["bias"], self.nq * bq, self.nk * bk) if "bias" in x else None
-        self.seed = x.get("seed")
+        self.bias: Any = _pad_bias(x["bias"], self.nq * bq, self.nk * bk) if "bias" in x else None
+        self.seed: Any = x.get("seed")
 
     def _key_heads(self, x: dict[str, Array], kh: int) -> int:
         return kh

@@ -8,10 +8,13 @@ without the predicate. A BlockTable's keys are gathered by row of blocks instead
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import Call, dropout_seed
@@ -21,7 +24,9 @@ from jaxlm.kernels.tiles import Gathered, Spec, Tiles
 
 BLOCK = 512  # queries and keys of a tile, at most
 TILE_LOGITS = 2**22  # B * N * queries * keys of a tile, at most, unless blocks would be smaller than 128
-SHORT = 2**20  # T * S below which the reference is faster
+SHORT = {"cpu": 2**14}  # T * S below which the reference is as fast
+SHORT_ELSEWHERE = 2**20  # where a step of a loop costs more beside its work
+FEW = 16  # queries whose logits are linear in S as they are
 
 
 def xla(q, k, v, mask, *, scale, return_lse=False, block_q=None, block_k=None, **features):
@@ -37,7 +42,7 @@ def xla(q, k, v, mask, *, scale, return_lse=False, block_q=None, block_k=None, *
         out, lse = _table(spec, arrays, mask, block_k)
     else:
         block_q, block_k = block_q or _block(t, b * n), block_k or _block(s, b * n)
-        out, lse = _attend(spec(mask=mask, block_q=block_q, block_k=block_k), *_split(arrays))
+        out, lse = _attend(spec(mask=mask, block_q=block_q, block_k=block_k), *split_smooth(arrays))
     return (out, lse) if return_lse else out
 
 
@@ -47,9 +52,10 @@ def refuses_xla(call: Call) -> str | None:
 
 
 def declines_xla(call: Call) -> str | None:
-    """Short sequences, which the reference computes faster and in little memory."""
-    if call.q.shape[1] * call.k.shape[1] < SHORT:
-        return f"is slower than the reference below T * S = {SHORT}"
+    """Short sequences, which the reference computes as fast and in little memory."""
+    short = SHORT.get(call.platform, SHORT_ELSEWHERE)
+    if call.q.shape[1] <= FEW or call.q.shape[1] * call.k.shape[1] < short:
+        return f"pays from {FEW + 1} queries and {short} logits (T * S) on"
     return None
 
 
@@ -62,19 +68,19 @@ def _block(length: int, heads: int) -> int:
     return -(-length // (blocks * 16)) * 16
 
 
-def _split(arrays: dict) -> tuple[dict, dict]:
+def split_smooth(arrays: dict) -> tuple[dict, dict]:
     """Those with a gradient, and the rest."""
     smooth = {"q", "k", "v", "bias", "alibi", "sinks"}
     return {a: x for a, x in arrays.items() if a in smooth}, {a: x for a, x in arrays.items() if a not in smooth}
 
 
-def _table(spec, arrays: dict, table: BlockTable, block_k: int | None):
+def _table(spec: Callable[..., Spec], arrays: dict, table: BlockTable, block_k: int | None):
     """Rows of the table by gathering; its full rows, which list nothing, as dense attention of their queries."""
     t, block = arrays["q"].shape[1], table.block
     full = np.flatnonzero(table.full())
     spec = functools.partial(spec, mask=EVERYTHING)
     gathered = spec(block_q=block, block_k=block, skip_rows=tuple(map(int, full)))
-    out, lse = _attend(gathered, *_split(arrays | {"blocks": table.blocks}))
+    out, lse = _attend(gathered, *split_smooth(arrays | {"blocks": table.blocks}))
     if not full.size:
         return out, lse
     rows = (full[:, None] * block + np.arange(block)).ravel()
@@ -87,41 +93,43 @@ def _table(spec, arrays: dict, table: BlockTable, block_k: int | None):
     heads = arrays["q"].shape[0] * arrays["q"].shape[2]
     block_q = _block(len(rows), heads)
     block_k = block_k or _block(arrays["k"].shape[1], heads)
-    dense, dense_lse = _attend(spec(block_q=block_q, block_k=block_k), *_split(of_rows))
+    dense, dense_lse = _attend(spec(block_q=block_q, block_k=block_k), *split_smooth(of_rows))
     return out.at[:, rows].set(dense), lse.at[:, rows].set(dense_lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: Spec, smooth: dict, rest: dict):
+def _results(spec: Spec, smooth: dict, rest: dict):
     """(out [B, T, N, Dv] in q's dtype, log-sum-exp [B, T, N] float32)."""
     return _forward(spec, smooth, rest)[0]
 
 
 def _forward(spec: Spec, smooth: dict, rest: dict):
     tiles = _tiles(spec, smooth, rest)
-    steps, full, partial = _steps(tiles)
+    steps = _steps(tiles)
 
     def step(predicated, at, carry):
-        i, j = tiles.pair(steps, at)
+        i, j = tiles.pair(steps[0], at)
         return tiles.forward(carry, i, j, predicated)
 
-    out, lse = tiles.finish(_loops(step, tiles.start(), full, partial))
-    return (out, lse), (smooth, rest, out, lse, steps, full, partial)
+    out, lse = tiles.finish(_loops(step, tiles.start(), *steps[1:]))
+    # Steps found when running are kept; those known when tracing are not, so that they stay known.
+    return (out, lse), (smooth, rest, out, lse, steps if _hides(tiles) else None)
 
 
 def _backward(spec: Spec, saved, cotangents):
-    smooth, rest, out, lse, steps, full, partial = saved
+    (smooth, rest, out, lse, steps), (d_out, d_lse) = saved, cotangents
     tiles = _tiles(spec, smooth, rest)
-    given = tiles.fold_cotangents(*cotangents, out, lse)
+    steps = _steps(tiles) if steps is None else steps
+    given = tiles.fold_cotangents(d_out, d_lse, out, lse)
 
     def step(predicated, at, carry):
-        i, j = tiles.pair(steps, at)
+        i, j = tiles.pair(steps[0], at)
         return tiles.backward(carry, given, i, j, predicated)
 
-    grads = tiles.finish_gradients(_loops(step, tiles.start_gradients(), full, partial), given)
+    grads = tiles.finish_gradients(_loops(step, tiles.start_gradients(), *steps[1:]), given)
     return {name: grads[name].astype(x.dtype) for name, x in smooth.items()}, None
 
 
+_attend: Any = jax.custom_vjp(_results, nondiff_argnums=(0,))
 _attend.defvjp(_forward, _backward)
 
 
@@ -137,7 +145,13 @@ def _loops(step, carry, full, partial):
     return carry
 
 
-def _steps(tiles: Tiles):
+def _hides(tiles: Tiles) -> bool:
+    """Whether arrays decide which pairs of tiles have a visible key."""
+    arrays = {"q_pos", "k_pos", "q_segments", "k_valid"}
+    return not isinstance(tiles, Gathered) and bool(arrays & tiles.given)
+
+
+def _steps(tiles: Tiles) -> tuple[Array, Any, Any]:
     """(steps of the loop, how many lead that are fully visible, how many follow that are partly visible)."""
     spec = tiles.spec
     if isinstance(tiles, Gathered):
@@ -149,16 +163,18 @@ def _steps(tiles: Tiles):
     else:
         plan = tile_plan(spec.mask, tiles.t, tiles.s, spec.block_q, spec.block_k)
         row, column = np.nonzero(plan.kind != SKIP)
-        kinds = plan.kind[row, column]
+        if not row.size:  # nothing is visible; one step finds that out, as no loop can be over no steps
+            row = column = np.zeros(1, np.int32)
+        kinds = np.maximum(plan.kind[row, column], PARTIAL)
         pairs = np.stack([row, plan.index[row, column]], 1).astype(np.int32)
-    if not {"q_pos", "k_pos", "q_segments", "k_valid"} & tiles.given:
-        order = np.argsort(kinds == PARTIAL, kind="stable")
+    if not _hides(tiles):
+        order = np.argsort(-kinds, kind="stable")
         return jnp.asarray(pairs[order]), int((kinds == FULL).sum()), int((kinds == PARTIAL).sum())
 
     def kind(pair):
         seen = tiles.visible(pair[0], pair[1])
         return jnp.where(seen.all(), FULL, jnp.where(seen.any(), PARTIAL, SKIP))
 
-    kinds = jax.lax.map(kind, jnp.asarray(pairs))
-    order = jnp.argsort(-kinds, stable=True)
-    return jnp.asarray(pairs)[order], (kinds == FULL).sum(), (kinds == PARTIAL).sum()
+    found = jax.lax.map(kind, jnp.asarray(pairs))
+    order = jnp.argsort(-found, stable=True)
+    return jnp.asarray(pairs)[order], (found == FULL).sum(), (found == PARTIAL).sum()
