@@ -128,13 +128,23 @@ def _splits(static: _Static, q, k, v, seen):
     some = seen.any(1).reshape(b, count, block).any(2)
     visited = jnp.argsort(~some, axis=1, stable=True).astype(jnp.int32)
     used = some.sum(1, dtype=jnp.int32)
-    hidden = jnp.where(seen, 0, -jnp.inf).astype(jnp.float32).repeat(kh, 2)
+    hidden = jnp.where(_repeated(seen, kh), 0, -jnp.inf).astype(jnp.float32)
+
+    # Joining keys and their heads outside of the kernel moves nothing if the heads fill whole tiles; else it would copy
+    # the cache, and the kernel does it to a block in VMEM.
+    merged = kh == 1 or kh % 8 == 0
+    if merged:
+        k, v = (x.reshape(b, s * kh, x.shape[-1]) for x in (k, v))
 
     def at(b, split, j, visited, used):
         # Past the end the last block is named again, so that nothing is fetched.
         return visited[b * count + jnp.clip(j * splits + split, 0, jnp.maximum(used[b] - 1, 0))]
 
-    cache = lambda width: pl.BlockSpec((None, block * kh, width), lambda b, *i: (b, at(b, *i), 0))
+    def cache(width):
+        if merged:
+            return pl.BlockSpec((None, block * kh, width), lambda b, *i: (b, at(b, *i), 0))
+        return pl.BlockSpec((None, block, kh, width), lambda b, *i: (b, at(b, *i), 0, 0))
+
     part = lambda width: pl.BlockSpec((None, None, rows, width), lambda b, split, *_: (b, split, 0, 0))
     kernel = functools.partial(_kernel, static=static, sizes=(n, kh, s), splits=splits)
     moved = 2 * b * t * n * (h + dv) * 4 + b * s * kh * (h + dv) * k.dtype.itemsize + b * t * s * kh * 4
@@ -173,11 +183,20 @@ def _splits(static: _Static, q, k, v, seen):
         visited.reshape(-1),
         used,
         jnp.pad(q.reshape(b, t * n, h), ((0, 0), (0, rows - t * n), (0, 0))),
-        k.reshape(b, s * kh, h),
-        v.reshape(b, s * kh, dv),
+        k,
+        v,
         hidden,
     )
     return out[:, :, : t * n], lse[:, :, : t * n, 0]
+
+
+def _repeated(seen, times):
+    """Every element of the last axis so often. A product with ones does what would move single lanes."""
+    if seen.shape[-1] % 128:
+        return seen.repeat(times, -1)
+    ones = np.repeat(np.eye(128, dtype=np.float32), times, 1)
+    parts = seen.reshape(*seen.shape[:-1], -1, 128).astype(jnp.bfloat16)
+    return (parts @ jnp.asarray(ones, jnp.bfloat16)).reshape(*seen.shape[:-1], -1) > 0
 
 
 def _kernel(visited, used, q, k, v, hidden, out, lse, others, top, total, sums, *, static: _Static, sizes, splits):
@@ -196,7 +215,7 @@ def _kernel(visited, used, q, k, v, hidden, out, lse, others, top, total, sums, 
 
     @pl.when(at < used[b])
     def _():
-        products = dot(q[...], k[...], NT)
+        products = dot(q[...], k[...].reshape(-1, k.shape[-1]), NT)
         if static.softcap is None:
             logits = products * (static.scale * LOG2E)
         else:
@@ -210,7 +229,7 @@ def _kernel(visited, used, q, k, v, hidden, out, lse, others, top, total, sums, 
         old = top[:, :1]
         new = jnp.maximum(old, logits.max(1, keepdims=True))
         p, kept = jnp.exp2(logits - new), jnp.exp2(old - new)
-        values = v[...]
+        values = v[...].reshape(-1, v.shape[-1])
         if s * kh % shape[1]:
             key = (
                 jax.lax.broadcasted_iota(jnp.int32, (shape[1], 1), 0)
