@@ -5,7 +5,9 @@ libtpu reads its flags once, when it loads, so a schedule is made in a process o
 function and its shapes into one. Two processes may load libtpu at once (ALLOW_MULTIPLE_LIBTPU_LOAD).
 """
 
+import ast
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import pickle
@@ -26,7 +28,7 @@ CHIPS = {
     "v6e": ("v6e:2x2", "v6e-4"),
     "tpu7x": ("tpu7x:2x2x1", "tpu7x-8"),
 }
-NO_LIBTPU = "libtpu, the TPU compiler, is not installed (it has wheels for Linux x86_64 only)"
+DELAY = 4  # bundles after a branch that run in any case
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 # Before libtpu loads: without these it asks a metadata server for a TPU, or locks other processes out.
@@ -97,44 +99,57 @@ class Schedule:
     capacity: tuple[int, ...]
     used: np.ndarray  # int [bundles, units]
     loops: tuple[Loop, ...]
+    branches: tuple[tuple[int, int], ...]  # bundles [start, stop) that a condition may skip, in order
 
-    def weights(self) -> np.ndarray:
+    def weights(self, dynamic: tuple[int, ...] = (), skip: tuple[tuple[int, int], ...] = ()) -> np.ndarray:
         """How often each bundle runs in one step of the grid, int [bundles].
 
-        Branches count as taken; the loop over the grid counts once; a loop without a static trip count raises.
+        The loop over the grid counts once, and what a condition may skip as run, except the ranges of bundles in skip.
+        dynamic gives the trip counts of the loops that have no static one, in order.
         """
-        weights = np.ones(len(self.used), np.int64)
-        for loop in self.loops:
+        weights, given = np.ones(len(self.used), np.int64), list(dynamic)
+        for loop in sorted(self.loops, key=lambda loop: loop.start):
             if loop.is_grid:
                 continue
-            if loop.trips is None:
-                raise ValueError(
-                    f"{self.name}: the loop over bundles {loop.start}..{loop.stop} has no static trip count"
-                )
-            weights[loop.start : loop.stop] *= loop.trips
+            if (trips := loop.trips) is None:
+                if not given:
+                    at = f"{loop.start}..{loop.stop}"
+                    raise ValueError(f"{self.name}: the loop over bundles {at} has no static trip count")
+                trips = given.pop(0)
+            weights[loop.start : loop.stop] *= trips
+        for start, stop in skip:
+            weights[start:stop] = 0
         return weights
 
-    @property
-    def bundles(self) -> int:
-        """Bundles of one step of the grid, those of loops times their trip count."""
-        return int(self.weights().sum())
+    def bundles(self, **how) -> int:
+        """Bundles of one step of the grid, those of loops times their trip count; how as in `weights`."""
+        return int(self.weights(**how).sum())
 
-    def slots(self, unit: str) -> int:
+    def slots(self, unit: str, **how) -> int:
         """Slots of a unit used in one step of the grid."""
-        return int(self.weights() @ self.used[:, self.units.index(unit)])
+        return int(self.weights(**how) @ self.used[:, self.units.index(unit)])
 
-    def share(self, unit: str) -> float:
+    def share(self, unit: str, **how) -> float:
         """Used slots over all slots of that unit."""
-        return self.slots(unit) / (self.bundles * self.capacity[self.units.index(unit)])
+        return self.slots(unit, **how) / (self.bundles(**how) * self.capacity[self.units.index(unit)])
 
-    @property
-    def spill_share(self) -> float:
-        """Stores that only spill registers, over all stores."""
-        return self.slots("VSTORE:SPILL") / max(1, self.slots("VSTORE"))
+    def conditions(self, least: int = 150) -> list[tuple[int, int]]:
+        """The innermost ranges of at least so many bundles that a condition may skip, in order."""
+        ranges = [(a, b) for a, b in self.branches if b - a >= least]
+        return [r for r in ranges if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]
 
-    def report(self) -> dict[str, Any]:
-        shares = {unit: round(self.share(unit), 3) for unit in self.units}
-        return {"bundles": self.bundles, "spill_share": round(self.spill_share, 3), "slots": shares}
+    def report(self, **how) -> dict[str, Any]:
+        shares = {unit: round(self.share(unit, **how), 3) for unit in self.units}
+        return {"bundles": self.bundles(**how), "slots": shares}
+
+
+KERNELS = Path(__file__).parent.parent / "jaxlm" / "kernels"
+
+
+def source_hash(*modules: str) -> str:
+    """Of the code of these modules of jaxlm/kernels, whatever their comments and their format."""
+    code = "".join(ast.dump(ast.parse((KERNELS / f"{module}.py").read_text())) for module in modules)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def schedule(f, *shapes, chip: str = "v6e", kernel: str = "") -> dict[str, Schedule]:
@@ -178,30 +193,33 @@ def parse_schedule(name: str, utilization: str, bundles: str) -> Schedule:
     lines = utilization.splitlines()
     units = tuple(unit.strip() for unit in lines[1].split(","))
     used = np.array([[int(n) for n in line.split()] for line in lines[4:] if line.strip()], np.int64)
-    return Schedule(name, units, tuple(map(int, lines[2].split())), used, parse_loops(bundles))
+    return Schedule(name, units, tuple(map(int, lines[2].split())), used, *parse_branches(bundles))
 
 
-def parse_loops(text: str) -> tuple[Loop, ...]:
-    """The loops of a text of bundles: a branch to a region that started before it, up to the region's end."""
+def parse_branches(text: str) -> tuple[tuple[Loop, ...], tuple[tuple[int, int], ...]]:
+    """The loops of a text of bundles: a branch to a region that started before it, up to the region's end; and the
+    ranges of bundles that a branch forward skips."""
     bundles = re.split(r"^ *(?=0x[0-9a-f]+ |0 )", text, flags=re.MULTILINE)[1:]
     bundles = [bundle for bundle in bundles if re.match(r"(0x[0-9a-f]+|0) [^:]*: ", bundle)]
     starts: dict[str, int] = {}
     ends: dict[str, int] = {}
-    loops = []
+    loops, branches = [], []
     for at, bundle in enumerate(bundles):
-        for region in re.findall(r"Start (?:region|/End empty region) (\d+)", bundle):
+        for region in re.findall(r"Start(?:/End empty)? region (\d+)", bundle):
             starts[region] = at
         for region in re.findall(r"End region (\d+)", bundle):
             ends[region] = at
     for at, bundle in enumerate(bundles):
         for region in re.findall(r"sbr\.rel .*?target = \$region(\d+)", bundle):
             start = starts.get(region)
+            if start is not None and start > at:
+                branches.append((at + 1 + DELAY, start))
             if start is None or start > at or "LB" not in bundles[start].split(":", 1)[0]:
                 continue
             stop = max(at, ends.get(region, at)) + 1
             body = bundles[start : at + 1]
             loops.append(Loop(start, stop, _trips(body, bundles), "iteration index" in bundles[start]))
-    return tuple(loops)
+    return tuple(loops), tuple(branches)
 
 
 def _trips(body: list[str], bundles: list[str]) -> int | None:

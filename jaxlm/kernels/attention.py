@@ -53,7 +53,9 @@ class Implementation:
 IMPLS = {
     i.name: i
     for i in (
+        Implementation("flash_tpu", "jaxlm.kernels.flash_tpu", platform="tpu"),
         Implementation("cudnn", "jaxlm.kernels.cudnn"),
+        Implementation("xla", "jaxlm.kernels.xla"),
         Implementation("reference", "jaxlm.kernels.attention"),
     )
 }

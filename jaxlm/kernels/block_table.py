@@ -47,7 +47,8 @@ class BlockTable:
         if outside := [row for row in self.full_rows if not -rows <= row < rows]:
             raise ValueError(f"full_rows {outside} are not among {rows} query blocks")
         if not isinstance(self.blocks, Tracer):
-            low, high = int(self.blocks.min()), int(self.blocks.max())
+            known = np.asarray(self.blocks)  # numpy, because under jit even an operation on a constant is traced
+            low, high = known.min(), known.max()
             if low < -1 or high >= columns:
                 raise ValueError(f"a BlockTable for {columns} key blocks holds {low if low < -1 else high}")
 

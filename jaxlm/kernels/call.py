@@ -53,26 +53,30 @@ def _device() -> tuple[str, tuple[int, int] | None]:
     return platform, (int(numbers[0]), int(numbers[1])) if major_minor else None
 
 
-def precision(dtype) -> jax.lax.Precision | None:
-    """float32 means float32: the default on TPU and recent GPUs would round the operands to bfloat16 or TF32."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def precision(dtype) -> jax.lax.Precision:
+    """float32 means float32: the default on TPU and recent GPUs would round the operands to bfloat16 or TF32.
+
+    Others say DEFAULT, for None is what the user's configuration says, and Mosaic refuses more of bfloat16.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def visible(
     mask: Mask | BlockTable, q_pos, k_pos, q_segments=None, k_segments: Any = None, k_valid: Any = None
 ) -> Array:
-    """[B or 1, T, S] bool: the mask over positions, minus other segments, hidden keys and empty slots.
+    """[..., T, S] bool from arrays [..., T] of queries and [..., S] of keys, whose leading axes broadcast.
 
-    Of a BlockTable only the latter: what it lists is not a question of positions.
+    The mask over positions, minus other segments, hidden keys and empty slots. Of a BlockTable only the latter: what it
+    lists is not a question of positions.
     """
-    q, k = q_pos[:, :, None], k_pos[:, None, :]
+    q, k = q_pos[..., :, None], k_pos[..., None, :]
     seen = (k >= 0) & (q == q)
     if isinstance(mask, Mask):
         seen = seen & mask(q, k)
     if q_segments is not None:
-        seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
+        seen = seen & (q_segments[..., :, None] == k_segments[..., None, :])
     if k_valid is not None:
-        seen = seen & k_valid[:, None, :]
+        seen = seen & k_valid[..., None, :]
     return seen
 
 

@@ -1,0 +1,164 @@
+"""Attention in chunks, in plain XLA: memory linear in T, forward and backward, on every platform and for every call.
+
+Queries and keys are cut into tiles. One loop visits pairs of tiles with an online softmax; another recomputes their
+probabilities from the saved log-sum-exp and adds up the gradients. Where positions are the default, which pairs are
+visited is known when tracing (plan.py). Where visibility depends on arrays (positions, segments, validity), it is found
+out when running, before the loop, and pairs without a visible key are still not visited. Fully visible pairs run
+without the predicate. A BlockTable's keys are gathered by row of blocks instead (tiles.py).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.kernels.block_table import BlockTable
+from jaxlm.kernels.call import Call, dropout_seed
+from jaxlm.kernels.masks import EVERYTHING, FULL, PARTIAL, SKIP
+from jaxlm.kernels.plan import tile_plan
+from jaxlm.kernels.tiles import Gathered, Spec, Tiles
+
+BLOCK = 512  # queries and keys of a tile, at most
+TILE_LOGITS = 2**22  # B * N * queries * keys of a tile, at most, unless blocks would be smaller than 128
+SHORT = 2**20  # T * S below which the reference is faster
+
+
+def xla(q, k, v, mask, *, scale, return_lse=False, block_q=None, block_k=None, **features):
+    """Every feature, in tiles of block_q queries and block_k keys; by default sizes that keep a tile in cache."""
+    (b, t, n, _), s = q.shape, k.shape[1]
+    rate, key = features.pop("dropout", (0.0, None))
+    if key is not None:
+        features["seed"] = dropout_seed(key)
+    softcap = features.pop("softcap", None)
+    spec = functools.partial(Spec, scale=float(scale), softcap=softcap, rate=rate, queries=t)
+    arrays = {"q": q, "k": k, "v": v, **features}
+    if isinstance(mask, BlockTable):
+        out, lse = _table(spec, arrays, mask, block_k)
+    else:
+        block_q, block_k = block_q or _block(t, b * n), block_k or _block(s, b * n)
+        out, lse = _attend(spec(mask=mask, block_q=block_q, block_k=block_k), *_split(arrays))
+    return (out, lse) if return_lse else out
+
+
+def refuses_xla(call: Call) -> str | None:
+    """Nothing."""
+    return None
+
+
+def declines_xla(call: Call) -> str | None:
+    """Short sequences, which the reference computes faster and in little memory."""
+    if call.q.shape[1] * call.k.shape[1] < SHORT:
+        return f"is slower than the reference below T * S = {SHORT}"
+    return None
+
+
+def _block(length: int, heads: int) -> int:
+    """A block size of at most BLOCK that pads little."""
+    most = BLOCK
+    while most > 128 and heads * most * most > TILE_LOGITS:
+        most //= 2
+    blocks = -(-length // most)
+    return -(-length // (blocks * 16)) * 16
+
+
+def _split(arrays: dict) -> tuple[dict, dict]:
+    """Those with a gradient, and the rest."""
+    smooth = {"q", "k", "v", "bias", "alibi", "sinks"}
+    return {a: x for a, x in arrays.items() if a in smooth}, {a: x for a, x in arrays.items() if a not in smooth}
+
+
+def _table(spec, arrays: dict, table: BlockTable, block_k: int | None):
+    """Rows of the table by gathering; its full rows, which list nothing, as dense attention of their queries."""
+    t, block = arrays["q"].shape[1], table.block
+    full = np.flatnonzero(table.full())
+    spec = functools.partial(spec, mask=EVERYTHING)
+    gathered = spec(block_q=block, block_k=block, skip_rows=tuple(map(int, full)))
+    out, lse = _attend(gathered, *_split(arrays | {"blocks": table.blocks}))
+    if not full.size:
+        return out, lse
+    rows = (full[:, None] * block + np.arange(block)).ravel()
+    position = {"q_pos": jnp.arange(t, dtype=jnp.int32)[None]} if "alibi" in arrays else {}
+    of_rows = position | arrays | ({"q_index": jnp.asarray(rows)} if "seed" in arrays else {})
+    for name in {"q", "q_pos", "q_segments"} & of_rows.keys():
+        of_rows[name] = of_rows[name][:, rows]
+    if "bias" in arrays and arrays["bias"].shape[2] > 1:
+        of_rows["bias"] = arrays["bias"][:, :, rows]
+    heads = arrays["q"].shape[0] * arrays["q"].shape[2]
+    block_q = _block(len(rows), heads)
+    block_k = block_k or _block(arrays["k"].shape[1], heads)
+    dense, dense_lse = _attend(spec(block_q=block_q, block_k=block_k), *_split(of_rows))
+    return out.at[:, rows].set(dense), lse.at[:, rows].set(dense_lse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(spec: Spec, smooth: dict, rest: dict):
+    """(out [B, T, N, Dv] in q's dtype, log-sum-exp [B, T, N] float32)."""
+    return _forward(spec, smooth, rest)[0]
+
+
+def _forward(spec: Spec, smooth: dict, rest: dict):
+    tiles = _tiles(spec, smooth, rest)
+    steps, full, partial = _steps(tiles)
+
+    def step(predicated, at, carry):
+        i, j = tiles.pair(steps, at)
+        return tiles.forward(carry, i, j, predicated)
+
+    out, lse = tiles.finish(_loops(step, tiles.start(), full, partial))
+    return (out, lse), (smooth, rest, out, lse, steps, full, partial)
+
+
+def _backward(spec: Spec, saved, cotangents):
+    smooth, rest, out, lse, steps, full, partial = saved
+    tiles = _tiles(spec, smooth, rest)
+    given = tiles.fold_cotangents(*cotangents, out, lse)
+
+    def step(predicated, at, carry):
+        i, j = tiles.pair(steps, at)
+        return tiles.backward(carry, given, i, j, predicated)
+
+    grads = tiles.finish_gradients(_loops(step, tiles.start_gradients(), full, partial), given)
+    return {name: grads[name].astype(x.dtype) for name, x in smooth.items()}, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _tiles(spec: Spec, smooth: dict, rest: dict) -> Tiles:
+    return (Gathered if "blocks" in rest else Tiles)(spec, smooth | rest)
+
+
+def _loops(step, carry, full, partial):
+    """The fully visible steps [0, full) without the predicate, then the steps [full, full + partial) with it."""
+    for predicated, first, count in ((False, 0, full), (True, full, partial)):
+        if not (isinstance(count, int) and count == 0):
+            carry = jax.lax.fori_loop(first, first + count, functools.partial(step, predicated), carry)
+    return carry
+
+
+def _steps(tiles: Tiles):
+    """(steps of the loop, how many lead that are fully visible, how many follow that are partly visible)."""
+    spec = tiles.spec
+    if isinstance(tiles, Gathered):
+        rows = np.setdiff1d(np.arange(tiles.nq), spec.skip_rows)
+        return jnp.asarray(rows, jnp.int32), 0, len(rows)
+    if {"q_pos", "k_pos"} & tiles.given:
+        pairs = np.argwhere(np.ones((tiles.nq, tiles.nk), bool)).astype(np.int32)
+        kinds = np.full(len(pairs), PARTIAL)
+    else:
+        plan = tile_plan(spec.mask, tiles.t, tiles.s, spec.block_q, spec.block_k)
+        row, column = np.nonzero(plan.kind != SKIP)
+        kinds = plan.kind[row, column]
+        pairs = np.stack([row, plan.index[row, column]], 1).astype(np.int32)
+    if not {"q_pos", "k_pos", "q_segments", "k_valid"} & tiles.given:
+        order = np.argsort(kinds == PARTIAL, kind="stable")
+        return jnp.asarray(pairs[order]), int((kinds == FULL).sum()), int((kinds == PARTIAL).sum())
+
+    def kind(pair):
+        seen = tiles.visible(pair[0], pair[1])
+        return jnp.where(seen.all(), FULL, jnp.where(seen.any(), PARTIAL, SKIP))
+
+    kinds = jax.lax.map(kind, jnp.asarray(pairs))
+    order = jnp.argsort(-kinds, stable=True)
+    return jnp.asarray(pairs)[order], (kinds == FULL).sum(), (kinds == PARTIAL).sum()

@@ -1,0 +1,147 @@
+"""Bundles of the TPU attention kernels per 2048 x 2048 of work, from the compiler's static schedule; no TPU is needed.
+
+    python scripts/tpu_schedule.py             compares with the stored numbers; more than 3 % slower is exit code 1
+    python scripts/tpu_schedule.py --update    stores what it finds, and measures jax's splash attention beside it
+
+A bundle is one cycle (about 1.75 GHz) if nothing waits for memory. The work is attention of 2048 x 2048 of one head,
+all of it visited: the steps of the grid times the bundles of one, loops times their trips, and what runs once for each
+row of tiles; filling the pipeline is left out, as are branches that do not run.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests import aot  # noqa: E402 (after the path)
+
+STORED = ROOT / "docs" / "measurements" / "tpu_schedule.json"
+POINTS = [
+    (what, chip, width) for chip in ("v6e", "v5p") for width in (64, 128, 256) for what in ("forward", "backward")
+]
+SIDE = 2048
+ALLOWED = 1.03
+TOKENS = 32768  # with 8 heads, so much that XLA leaves the operands in HBM
+
+
+def forward(q, k, v):
+    from jaxlm.kernels.flash_tpu import flash_tpu
+    from jaxlm.kernels.masks import EVERYTHING
+
+    return flash_tpu(q, k, v, EVERYTHING, scale=0.1, return_lse=True)
+
+
+def backward(q, k, v):
+    import jax.numpy as jnp
+
+    from jaxlm.kernels.flash_tpu_bwd import backward as kernel
+    from jaxlm.kernels.masks import EVERYTHING
+
+    lse = jnp.zeros(q.shape[:3], jnp.float32)
+    return kernel(q, k, v, q, lse, q, lse, EVERYTHING, scale=0.1)
+
+
+def splash(q, k, v, gradient=False):
+    """jax's kernel with its best blocks of those tried: 2048 queries and keys, 512 keys at once."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
+    mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * q.shape[0])
+    names = ("block_q", "block_kv", "block_kv_compute")
+    sizes = dict.fromkeys((f"{name}_dkv" for name in names), 1024) | {"block_q_dq": 1024, "block_kv_dq": 1024}
+    blocks = kernel.BlockSizes(
+        **dict(zip(names, (2048, 2048, 512), strict=True)), **sizes | {"block_kv_dkv_compute": 512}
+    )
+    attend = kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+    return (
+        jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v) if gradient else attend(q, k, v)
+    )
+
+
+def shapes(width: int, heads: int = 8):
+    import jax
+    import jax.numpy as jnp
+
+    return [jax.ShapeDtypeStruct((1, TOKENS, heads, width), jnp.bfloat16)] * 3
+
+
+def measure_forward(chip: str, width: int) -> dict:
+    from jaxlm.kernels.flash_tpu import choose_blocks
+    from jaxlm.kernels.masks import EVERYTHING
+
+    (schedule,) = aot.schedule(forward, *shapes(width), chip=chip, kernel="flash_forward").values()
+    blocks = choose_blocks(EVERYTHING, TOKENS, TOKENS, 8, 1, 2)
+    (grid,) = [loop for loop in schedule.loops if loop.is_grid]
+    conditions = [c for c in schedule.conditions() if grid.start <= c[0] and c[1] <= grid.stop]
+    if len(conditions) != 2:
+        raise RuntimeError(f"expected to clear and to finish under a condition, found {conditions}")
+    rest = (0, grid.start), (grid.stop, len(schedule.used))
+    how = {"skip": (*conditions, *rest)}
+    columns = blocks.q * blocks.heads
+    finish = conditions[1][1] - conditions[1][0]
+    bundles = schedule.bundles(**how) * SIDE**2 / (columns * blocks.k) + finish * SIDE / columns
+    return {"bundles": round(bundles), "blocks": [blocks.q, blocks.k, blocks.heads], **shares(schedule, how)}
+
+
+def measure_backward(chip: str, width: int) -> dict:
+    from jaxlm.kernels.flash_tpu_bwd import choose_blocks
+    from jaxlm.kernels.masks import EVERYTHING
+
+    (schedule,) = aot.schedule(backward, *shapes(width), chip=chip, kernel="flash_backward").values()
+    blocks = choose_blocks(EVERYTHING, TOKENS, TOKENS, 2 * max(width, 128), 2, False)
+    how = {"dynamic": (blocks.chunk // blocks.k, 0)}  # loops over the tiles that need no predicate, and that do
+    bundles = schedule.bundles(**how) * SIDE**2 / (blocks.q * blocks.chunk)
+    return {"bundles": round(bundles), "blocks": [blocks.q, blocks.k, blocks.chunk], **shares(schedule, how)}
+
+
+def measure_splash(what: str, chip: str, width: int) -> int | None:
+    """Bundles of jax's splash attention; None where it does not compile with these blocks."""
+    try:
+        found = aot.schedule(functools.partial(splash, gradient=what == "backward"), *shapes(width), chip=chip)
+    except RuntimeError as e:
+        print(f"splash {what} {chip} {width}: {str(e).strip().splitlines()[-1]}")
+        return None
+    kept = {name: s for name, s in found.items() if ("fwd" in name) == (what == "forward") and "splash" in name}
+    side = SIDE if what == "forward" else 1024
+    return round(sum(s.bundles() for s in kept.values()) * (SIDE / side) ** 2)
+
+
+def shares(schedule: aot.Schedule, how: dict) -> dict:
+    return {unit: round(schedule.share(unit, **how), 3) for unit in ("MXU", "EUP", "VLOAD:FILL", "VSTORE:SPILL")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="store the numbers, and measure splash attention too")
+    parser.add_argument("--only", default="", help="points whose name contains this, such as 'forward v6e'")
+    chosen = parser.parse_args()
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    slower = []
+    for what, chip, width in POINTS:
+        name = f"{what} {chip} {width}"
+        if chosen.only not in name:
+            continue
+        found = (measure_forward if what == "forward" else measure_backward)(chip, width)
+        before = stored.get(name, {})
+        found["splash"] = measure_splash(what, chip, width) if chosen.update else before.get("splash")
+        print(name, found, f"stored {before.get('bundles')}", flush=True)
+        if chosen.update:
+            stored[name] = found
+            STORED.parent.mkdir(parents=True, exist_ok=True)
+            STORED.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+        elif not before or found["bundles"] > ALLOWED * before["bundles"]:
+            slower.append(f"{name}: {found['bundles']} bundles, stored {before.get('bundles')}")
+    sys.exit("slower than stored: " + "; ".join(slower) if slower else 0)
+
+
+if __name__ == "__main__":
+    from scripts.tpu_schedule import main  # not __main__'s, whose functions no other process can unpickle
+
+    main()

@@ -1,0 +1,20 @@
+"""Pallas TPU kernels on a CPU with the memory of a TPU: unwritten memory is NaN, copies land when waited for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+def run_strictly(call: Callable[[], Any]) -> tuple[Any, bool]:
+    """The result of a call whose kernels run with STRICT, and whether a race was found."""
+    pltpu.reset_tpu_interpret_mode_state()
+    result = jax.block_until_ready(call())
+    assert interpreter.races is not None, "no kernel ran in this mode"
+    found = interpreter.races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
+    return result, found
