@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlm.kernels.attention import reference
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import Call, precision, visible
+from jaxlm.kernels.flash_tpu import shard
 from jaxlm.kernels.flash_tpu_bwd import LOG2E, NN, NT, round_up
 from jaxlm.kernels.masks import Mask
 
@@ -61,7 +62,9 @@ def decode_tpu(
         "k_pos": jnp.arange(k.shape[1])[None] if k_pos is None else k_pos,
     }
     given = positions | {name: value for name, value in hiding.items() if value is not None}
-    out, lse = _attend(_Static(mask, scale, softcap, interpret), q, k, v, given, sinks)
+    arrays = {name: jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for name, x in given.items()}
+    arrays |= {"q": q, "k": k, "v": v} | ({} if sinks is None else {"sinks": sinks})
+    out, lse = _attend(_Static(mask, scale, softcap, interpret), arrays)
     return (out, lse) if return_lse else out
 
 
@@ -81,9 +84,42 @@ def refuses_decode_tpu(call: Call) -> str | None:
     return None
 
 
+def declines_decode_tpu(call: Call) -> str | None:
+    """Why it is not the choice where none is named, or None."""
+    t, s = call.q.shape[1], call.k.shape[1]
+    return f"is for many more keys than queries, got {s} and {t}" if s < 8 * t else None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, given, sinks):
-    """out and the log-sum-exp, with the sinks."""
+def _attend(static: _Static, arrays: dict[str, Array]) -> tuple[Array, Array]:
+    return shard(functools.partial(_forward, static), arrays, ("q", "lse"))
+
+
+def _attend_fwd(static, arrays):
+    both: Any = _attend(static, arrays)
+    return both, arrays
+
+
+def _attend_bwd(static, arrays, gradients):
+    floating = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    rest = {name: x for name, x in arrays.items() if name not in floating}
+
+    def run(floating):
+        given = rest | floating
+        q, k, v = (given.pop(name) for name in "qkv")
+        return reference(q, k, v, static.mask, scale=static.scale, softcap=static.softcap, return_lse=True, **given)
+
+    (grads,) = jax.vjp(run, floating)[1](gradients)
+    return (grads | {name: np.zeros(x.shape, jax.dtypes.float0) for name, x in rest.items()},)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(static: _Static, arrays, batch_axes=()):
+    """out and the log-sum-exp, with the sinks, of arrays on one device."""
+    given = dict(arrays)
+    q, k, v, sinks = (given.pop(name, None) for name in ("q", "k", "v", "sinks"))
     (b, t, n, _), dv = q.shape, v.shape[-1]
     out, lse = _splits(static, q, k, v, visible(static.mask, **given))  # [B, splits, T * N, Dv], [B, splits, T * N]
     sink = jnp.full((n,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
@@ -94,22 +130,6 @@ def _attend(static, q, k, v, given, sinks):
     weights = (shares / jnp.where(total == 0, 1, total))[:, :-1]
     out = (out * weights[..., None]).sum(1).reshape(b, t, n, dv).astype(q.dtype)
     return out, (jnp.log(total) + top)[:, 0].reshape(b, t, n)
-
-
-def _attend_fwd(static, q, k, v, given, sinks):
-    return _attend(static, q, k, v, given, sinks), (q, k, v, given, sinks)
-
-
-def _attend_bwd(static, saved, gradients):
-    q, k, v, given, sinks = saved
-    run = lambda q, k, v, sinks: reference(
-        q, k, v, static.mask, scale=static.scale, softcap=static.softcap, sinks=sinks, return_lse=True, **given
-    )
-    dq, dk, dv, dsinks = jax.vjp(run, q, k, v, sinks)[1](gradients)
-    return dq, dk, dv, None, dsinks
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _splits(static: _Static, q, k, v, seen):
