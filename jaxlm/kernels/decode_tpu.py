@@ -64,8 +64,8 @@ def decode_tpu(
     given = positions | {name: value for name, value in hiding.items() if value is not None}
     arrays = {name: jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for name, x in given.items()}
     arrays |= {"q": q, "k": k, "v": v} | ({} if sinks is None else {"sinks": sinks})
-    out, lse = _attend(_Static(mask, scale, softcap, interpret), arrays)
-    return (out, lse) if return_lse else out
+    both: Any = _attend(_Static(mask, scale, softcap, interpret), arrays)
+    return both if return_lse else both[0]
 
 
 def refuses_decode_tpu(call: Call) -> str | None:

@@ -98,15 +98,15 @@ def sparse_tpu(
     static = _Static(mask.block, scale, softcap, interpret)
     full = np.flatnonzero(mask.full())
     blocks = mask.blocks.at[:, full].set(-1) if len(full) else mask.blocks
-    out, lse = _attend(static, arrays | {"blocks": blocks})
+    both: Any = _attend(static, arrays | {"blocks": blocks})
     if len(full):
         tokens = (full[:, None] * mask.block + np.arange(mask.block)).ravel()
         every = jnp.arange(k.shape[1] // mask.block, dtype=jnp.int32)
         every = jnp.broadcast_to(every, (1, len(full), len(every)))
         some = {name: arrays[name][:, tokens] for name in ("q", "queries") if name in arrays}
-        rows = _attend(static, arrays | some | {"blocks": every})
-        out, lse = (whole.at[:, tokens].set(part) for whole, part in zip((out, lse), rows, strict=True))
-    return (out, lse) if return_lse else out
+        rows: Any = _attend(static, arrays | some | {"blocks": every})
+        both = tuple(whole.at[:, tokens].set(part) for whole, part in zip(both, rows, strict=True))
+    return both if return_lse else both[0]
 
 
 def refuses_sparse_tpu(call: Call) -> str | None:
