@@ -45,8 +45,8 @@ def backward(q, k, v):
     return kernel(q, k, v, q, lse, q, lse, EVERYTHING, scale=0.1)
 
 
-def splash(q, k, v, gradient=False):
-    """jax's kernel with its best blocks of those tried: 2048 queries and keys, 512 keys at once."""
+def splash(q, k, v, gradient=False, compute=512):
+    """jax's kernel with its best blocks of those tried: 2048 queries and keys, `compute` keys at once."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -54,11 +54,10 @@ def splash(q, k, v, gradient=False):
 
     q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * q.shape[0])
-    names = ("block_q", "block_kv", "block_kv_compute")
-    sizes = dict.fromkeys((f"{name}_dkv" for name in names), 1024) | {"block_q_dq": 1024, "block_kv_dq": 1024}
     blocks = kernel.BlockSizes(
-        **dict(zip(names, (2048, 2048, 512), strict=True)), **sizes | {"block_kv_dkv_compute": 512}
-    )
+        block_q=2048, block_kv=2048, block_kv_compute=compute, block_q_dq=1024, block_kv_dq=1024,
+        block_q_dkv=1024, block_kv_dkv=1024, block_kv_dkv_compute=512,
+    )  # fmt: skip
     attend = kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
     return (
         jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v) if gradient else attend(q, k, v)
@@ -103,8 +102,10 @@ def measure_backward(chip: str, width: int) -> dict:
 
 def measure_splash(what: str, chip: str, width: int) -> int | None:
     """Bundles of jax's splash attention; None where it does not compile with these blocks."""
+    compute = 512 if chip == "v6e" else 256  # more does not fit v5p's default share of VMEM
+    call = functools.partial(splash, gradient=what == "backward", compute=compute)
     try:
-        found = aot.schedule(functools.partial(splash, gradient=what == "backward"), *shapes(width), chip=chip)
+        found = aot.schedule(call, *shapes(width), chip=chip)
     except RuntimeError as e:
         print(f"splash {what} {chip} {width}: {str(e).strip().splitlines()[-1]}")
         return None
