@@ -53,6 +53,8 @@ class Implementation:
 IMPLS = {
     i.name: i
     for i in (
+        Implementation("sparse_tpu", "jaxlm.kernels.sparse_tpu", platform="tpu"),
+        Implementation("decode_tpu", "jaxlm.kernels.decode_tpu", platform="tpu"),
         Implementation("flash_tpu", "jaxlm.kernels.flash_tpu", platform="tpu"),
         Implementation("cudnn", "jaxlm.kernels.cudnn"),
         Implementation("decode", "jaxlm.kernels.decode"),

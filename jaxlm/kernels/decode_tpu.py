@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlm.kernels.attention import reference
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import Call, precision, visible
+from jaxlm.kernels.flash_tpu import shard
 from jaxlm.kernels.flash_tpu_bwd import LOG2E, NN, NT, round_up
 from jaxlm.kernels.masks import Mask
 
@@ -61,8 +62,10 @@ def decode_tpu(
         "k_pos": jnp.arange(k.shape[1])[None] if k_pos is None else k_pos,
     }
     given = positions | {name: value for name, value in hiding.items() if value is not None}
-    out, lse = _attend(_Static(mask, scale, softcap, interpret), q, k, v, given, sinks)
-    return (out, lse) if return_lse else out
+    arrays = {name: jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for name, x in given.items()}
+    arrays |= {"q": q, "k": k, "v": v} | ({} if sinks is None else {"sinks": sinks})
+    both: Any = _attend(_Static(mask, scale, softcap, interpret), arrays)
+    return both if return_lse else both[0]
 
 
 def refuses_decode_tpu(call: Call) -> str | None:
@@ -81,9 +84,42 @@ def refuses_decode_tpu(call: Call) -> str | None:
     return None
 
 
+def declines_decode_tpu(call: Call) -> str | None:
+    """Why it is not the choice where none is named, or None."""
+    t, s = call.q.shape[1], call.k.shape[1]
+    return f"is for many more keys than queries, got {s} and {t}" if s < 8 * t else None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, given, sinks):
-    """out and the log-sum-exp, with the sinks."""
+def _attend(static: _Static, arrays: dict[str, Array]) -> tuple[Array, Array]:
+    return shard(functools.partial(_forward, static), arrays, ("q", "lse"))
+
+
+def _attend_fwd(static, arrays):
+    both: Any = _attend(static, arrays)
+    return both, arrays
+
+
+def _attend_bwd(static, arrays, gradients):
+    floating = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    rest = {name: x for name, x in arrays.items() if name not in floating}
+
+    def run(floating):
+        given = rest | floating
+        q, k, v = (given.pop(name) for name in "qkv")
+        return reference(q, k, v, static.mask, scale=static.scale, softcap=static.softcap, return_lse=True, **given)
+
+    (grads,) = jax.vjp(run, floating)[1](gradients)
+    return (grads | {name: np.zeros(x.shape, jax.dtypes.float0) for name, x in rest.items()},)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(static: _Static, arrays, batch_axes=()):
+    """out and the log-sum-exp, with the sinks, of arrays on one device."""
+    given = dict(arrays)
+    q, k, v, sinks = (given.pop(name, None) for name in ("q", "k", "v", "sinks"))
     (b, t, n, _), dv = q.shape, v.shape[-1]
     out, lse = _splits(static, q, k, v, visible(static.mask, **given))  # [B, splits, T * N, Dv], [B, splits, T * N]
     sink = jnp.full((n,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
@@ -94,22 +130,6 @@ def _attend(static, q, k, v, given, sinks):
     weights = (shares / jnp.where(total == 0, 1, total))[:, :-1]
     out = (out * weights[..., None]).sum(1).reshape(b, t, n, dv).astype(q.dtype)
     return out, (jnp.log(total) + top)[:, 0].reshape(b, t, n)
-
-
-def _attend_fwd(static, q, k, v, given, sinks):
-    return _attend(static, q, k, v, given, sinks), (q, k, v, given, sinks)
-
-
-def _attend_bwd(static, saved, gradients):
-    q, k, v, given, sinks = saved
-    run = lambda q, k, v, sinks: reference(
-        q, k, v, static.mask, scale=static.scale, softcap=static.softcap, sinks=sinks, return_lse=True, **given
-    )
-    dq, dk, dv, dsinks = jax.vjp(run, q, k, v, sinks)[1](gradients)
-    return dq, dk, dv, None, dsinks
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _splits(static: _Static, q, k, v, seen):
@@ -128,13 +148,23 @@ def _splits(static: _Static, q, k, v, seen):
     some = seen.any(1).reshape(b, count, block).any(2)
     visited = jnp.argsort(~some, axis=1, stable=True).astype(jnp.int32)
     used = some.sum(1, dtype=jnp.int32)
-    hidden = jnp.where(seen, 0, -jnp.inf).astype(jnp.float32).repeat(kh, 2)
+    hidden = jnp.where(_repeated(seen, kh), 0, -jnp.inf).astype(jnp.float32)
+
+    # Joining keys and their heads outside of the kernel moves nothing if the heads fill whole tiles; else it would copy
+    # the cache, and the kernel does it to a block in VMEM.
+    merged = kh == 1 or kh % 8 == 0
+    if merged:
+        k, v = (x.reshape(b, s * kh, x.shape[-1]) for x in (k, v))
 
     def at(b, split, j, visited, used):
         # Past the end the last block is named again, so that nothing is fetched.
         return visited[b * count + jnp.clip(j * splits + split, 0, jnp.maximum(used[b] - 1, 0))]
 
-    cache = lambda width: pl.BlockSpec((None, block * kh, width), lambda b, *i: (b, at(b, *i), 0))
+    def cache(width):
+        if merged:
+            return pl.BlockSpec((None, block * kh, width), lambda b, *i: (b, at(b, *i), 0))
+        return pl.BlockSpec((None, block, kh, width), lambda b, *i: (b, at(b, *i), 0, 0))
+
     part = lambda width: pl.BlockSpec((None, None, rows, width), lambda b, split, *_: (b, split, 0, 0))
     kernel = functools.partial(_kernel, static=static, sizes=(n, kh, s), splits=splits)
     moved = 2 * b * t * n * (h + dv) * 4 + b * s * kh * (h + dv) * k.dtype.itemsize + b * t * s * kh * 4
@@ -173,11 +203,20 @@ def _splits(static: _Static, q, k, v, seen):
         visited.reshape(-1),
         used,
         jnp.pad(q.reshape(b, t * n, h), ((0, 0), (0, rows - t * n), (0, 0))),
-        k.reshape(b, s * kh, h),
-        v.reshape(b, s * kh, dv),
+        k,
+        v,
         hidden,
     )
     return out[:, :, : t * n], lse[:, :, : t * n, 0]
+
+
+def _repeated(seen, times):
+    """Every element of the last axis so often. A product with ones does what would move single lanes."""
+    if seen.shape[-1] % 128:
+        return seen.repeat(times, -1)
+    ones = np.repeat(np.eye(128, dtype=np.float32), times, 1)
+    parts = seen.reshape(*seen.shape[:-1], -1, 128).astype(jnp.bfloat16)
+    return (parts @ jnp.asarray(ones, jnp.bfloat16)).reshape(*seen.shape[:-1], -1) > 0
 
 
 def _kernel(visited, used, q, k, v, hidden, out, lse, others, top, total, sums, *, static: _Static, sizes, splits):
@@ -196,7 +235,7 @@ def _kernel(visited, used, q, k, v, hidden, out, lse, others, top, total, sums, 
 
     @pl.when(at < used[b])
     def _():
-        products = dot(q[...], k[...], NT)
+        products = dot(q[...], k[...].reshape(-1, k.shape[-1]), NT)
         if static.softcap is None:
             logits = products * (static.scale * LOG2E)
         else:
@@ -210,7 +249,7 @@ def _kernel(visited, used, q, k, v, hidden, out, lse, others, top, total, sums, 
         old = top[:, :1]
         new = jnp.maximum(old, logits.max(1, keepdims=True))
         p, kept = jnp.exp2(logits - new), jnp.exp2(old - new)
-        values = v[...]
+        values = v[...].reshape(-1, v.shape[-1])
         if s * kh % shape[1]:
             key = (
                 jax.lax.broadcasted_iota(jnp.int32, (shape[1], 1), 0)

@@ -117,7 +117,7 @@ def refuses_flash_tpu(call: Call) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _attend(arrays: dict[str, Array], static: Static) -> tuple[Array, Array]:
-    return _shard(functools.partial(_forward, static=static), arrays, ("q", "lse"))
+    return shard(functools.partial(_forward, static=static), arrays, ("q", "lse"))
 
 
 def _attend_forward(arrays, static):
@@ -129,7 +129,7 @@ def _attend_backward(static, saved, gradients):
     arrays, out, lse = saved
     operands = arrays | {"out": out, "lse": lse, "dout": gradients[0], "dlse": gradients[1]}
     names = ("q", "k", "v", *(["sinks"] if "sinks" in arrays else []))
-    grads = _shard(functools.partial(_backward, static=static), operands, names)
+    grads = shard(functools.partial(_backward, static=static), operands, names)
     zeros = {name: np.zeros(x.shape, jax.dtypes.float0) for name, x in arrays.items() if name in ("queries", "keys")}
     return (dict(zip(names, grads, strict=True)) | zeros,)
 
@@ -157,8 +157,11 @@ def _backward(arrays, batch_axes, *, static):
 # Which part of the batch and of the heads runs where
 
 
-def _shard(function, arrays: dict[str, Array], results: tuple[str, ...]) -> Any:
-    """function(arrays, batch axes) over the mesh in force: Mosaic kernels cannot be partitioned automatically."""
+def shard(function, arrays: dict[str, Array], results: tuple[str, ...], by_head: tuple[str, ...] = ()) -> Any:
+    """function(arrays, batch axes) over the mesh in force: Mosaic kernels cannot be partitioned automatically.
+
+    Axes are told by rank: BTNH, BTN, BT, N. Of the arrays in by_head the first axis is query heads, or 1.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     free = [] if mesh.empty else [a for a in mesh.axis_names if a not in mesh.manual_axes and mesh.shape[a] > 1]
     if not free:
@@ -172,14 +175,15 @@ def _shard(function, arrays: dict[str, Array], results: tuple[str, ...]) -> Any:
     ):
         ways = math.prod(mesh.shape[a] for a in axes)
         if size % ways:
-            raise ValueError(f"flash_tpu: {what} {size} do not split over the mesh axes {axes} of {ways} devices")
+            raise ValueError(f"{what} {size} do not split over the mesh axes {axes} of {ways} devices")
     specs = {4: P(batch or None, None, heads or None), 3: P(batch or None, None, heads or None), 2: P(batch or None)}
     specs |= {1: P(heads or None)}
     rank = {name: x.ndim for name, x in arrays.items()} | {"lse": 3}
+    own = {name: P(heads or None) if arrays[name].shape[0] > 1 else P() for name in by_head}
     return jax.shard_map(
         functools.partial(function, batch_axes=batch),
         mesh=mesh,
-        in_specs=({name: specs[x.ndim] for name, x in arrays.items()},),
+        in_specs=({name: specs[x.ndim] for name, x in arrays.items()} | own,),
         out_specs=tuple(specs[rank[name]] for name in results),
         axis_names=frozenset(mesh.axis_names) - frozenset(mesh.manual_axes),
         check_vma=False,

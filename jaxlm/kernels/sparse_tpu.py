@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxlm.kernels.block_table import BlockTable, merge_rows
 from jaxlm.kernels.call import Call, precision
+from jaxlm.kernels.flash_tpu import shard
 from jaxlm.kernels.flash_tpu_bwd import LOG2E, NN, NT, TN, heads_first, lane_rows, round_up, segment_arrays
 
 LOWEST = float(np.finfo(np.float32).min) / 2  # a finite running maximum keeps rows that see nothing at 0
@@ -87,21 +88,25 @@ def sparse_tpu(
     Rows of `full_rows` are a second call, whose table lists every block.
     """
     mask.validate(q.shape[1], k.shape[1], q.shape[2])
-    segments = {}
+    arrays = {"q": q, "k": k, "v": v}
     if q_segments is not None or k_valid is not None:
         sizes = (q.shape[0], q.shape[1], k.shape[1])
-        segments = segment_arrays(q_segments, k_segments, k_valid, sizes, sizes[1:])
+        row_and_column = segment_arrays(q_segments, k_segments, k_valid, sizes, sizes[1:])
+        arrays |= {"queries": row_and_column["q_segments"][:, 0], "keys": row_and_column["k_segments"][:, :, 0]}
+    if sinks is not None:
+        arrays["sinks"] = sinks
     static = _Static(mask.block, scale, softcap, interpret)
     full = np.flatnonzero(mask.full())
     blocks = mask.blocks.at[:, full].set(-1) if len(full) else mask.blocks
-    out, lse = _attend(static, q, k, v, blocks, segments, sinks)
+    both: Any = _attend(static, arrays | {"blocks": blocks})
     if len(full):
         tokens = (full[:, None] * mask.block + np.arange(mask.block)).ravel()
         every = jnp.arange(k.shape[1] // mask.block, dtype=jnp.int32)
-        some = segments | {"q_segments": segments["q_segments"][:, :, tokens]} if segments else {}
-        rows = _attend(static, q[:, tokens], k, v, jnp.broadcast_to(every, (1, len(full), len(every))), some, sinks)
-        out, lse = (whole.at[:, tokens].set(part) for whole, part in zip((out, lse), rows, strict=True))
-    return (out, lse) if return_lse else out
+        every = jnp.broadcast_to(every, (1, len(full), len(every)))
+        some = {name: arrays[name][:, tokens] for name in ("q", "queries") if name in arrays}
+        rows: Any = _attend(static, arrays | some | {"blocks": every})
+        both = tuple(whole.at[:, tokens].set(part) for whole, part in zip(both, rows, strict=True))
+    return both if return_lse else both[0]
 
 
 def refuses_sparse_tpu(call: Call) -> str | None:
@@ -138,27 +143,30 @@ def _vmem() -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, blocks, segments, sinks):
-    return _forward(static, q, k, v, blocks, segments, sinks)
+def _attend(static: _Static, arrays: dict[str, Array]) -> tuple[Array, Array]:
+    """out and the log-sum-exp of q, k, v under `blocks` and, where given, segments (queries, keys) and sinks."""
+    return shard(functools.partial(_forward, static), arrays, ("q", "lse"), by_head=("blocks",))
 
 
-def _attend_fwd(static, q, k, v, blocks, segments, sinks):
-    out, lse = _forward(static, q, k, v, blocks, segments, sinks)
-    return (out, lse), (q, k, v, blocks, segments, sinks, out, lse)
+def _attend_fwd(static, arrays):
+    both: Any = _attend(static, arrays)
+    return both, (arrays, *both)
 
 
 def _attend_bwd(static, saved, gradients):
-    q, k, v, blocks, segments, sinks, out, lse = saved
+    arrays, out, lse = saved
     dout, dlse = gradients
     delta = jnp.einsum("BTND,BTND->BTN", dout, out, preferred_element_type=jnp.float32)
     seen = lse > -jnp.inf
     shift = jnp.where(seen, delta - dlse, 0)
-    dsinks = None
-    if sinks is not None:
-        dsinks = -(jnp.exp(sinks.astype(jnp.float32) - lse) * shift).sum((0, 1)).astype(sinks.dtype)
-    rows = {"lse": jnp.where(seen, lse * LOG2E, jnp.inf), "shift": shift}
-    dq, dk, dv = _backward(static, q, k, v, blocks, segments, dout.astype(v.dtype), rows)
-    return dq, dk, dv, None, None, dsinks
+    rows = {"dout": dout, "lse": jnp.where(seen, lse * LOG2E, jnp.inf), "shift": shift}
+    dq, dk, dv = shard(functools.partial(_backward, static), arrays | rows, ("q", "k", "v"), by_head=("blocks",))
+    grads = {"q": dq, "k": dk, "v": dv}
+    if "sinks" in arrays:
+        sinks = arrays["sinks"]
+        grads["sinks"] = -(jnp.exp(sinks.astype(jnp.float32) - lse) * shift).sum((0, 1)).astype(sinks.dtype)
+    whole = {name: np.zeros(x.shape, jax.dtypes.float0) for name, x in arrays.items() if name not in grads}
+    return (grads | whole,)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -180,30 +188,31 @@ def _lists(blocks, tiling: Tiling, block: int, key_blocks: int):
     return scalars.reshape(heads, 1, -1), jnp.log2(counts.astype(jnp.float32)).reshape(heads, 1, -1)
 
 
-def _forward(static: _Static, q, k, v, blocks, segments, sinks):
+def _forward(static: _Static, arrays, batch_axes=()):
     """out and the log-sum-exp, BTND and BTN."""
-    (b, t, n, _), dv = q.shape, v.shape[-1]
-    tiling, operands = _operands(static, q, k, v, blocks, segments)
+    (b, t, n, _), dv = arrays["q"].shape, arrays["v"].shape[-1]
+    tiling, operands = _operands(static, arrays)
     length = operands["q"].shape[2]
-    if sinks is not None:
-        operands["sinks"] = (sinks.astype(jnp.float32) * LOG2E).reshape(n, 1, 1)
+    if "sinks" in arrays:
+        operands["sinks"] = (arrays["sinks"].astype(jnp.float32) * LOG2E).reshape(n, 1, 1)
     shapes = {
-        "out": jax.ShapeDtypeStruct((b, n, length, dv), q.dtype),
+        "out": jax.ShapeDtypeStruct((b, n, length, dv), arrays["q"].dtype),
         "lse": jax.ShapeDtypeStruct((b, n, 1, length), jnp.float32),
     }
     out, lse = _call(_forward_kernel, "sparse_forward", static, tiling, operands, shapes, products=(1, 1))
     return out[:, :, :t].swapaxes(1, 2), lse[:, :, 0, :t].swapaxes(1, 2)
 
 
-def _backward(static: _Static, q, k, v, blocks, segments, do, rows):
+def _backward(static: _Static, arrays, batch_axes=()):
     """dq, dk and dv."""
+    q, k, v = (arrays[name] for name in "qkv")
     (b, t, n, h), (s, kh, dv) = q.shape, v.shape[1:]
-    tiling, operands = _operands(static, q, k, v, blocks, segments)
+    tiling, operands = _operands(static, arrays)
     length = operands["q"].shape[2]
     operands |= {
-        "do": heads_first(do, length),
-        "lse": lane_rows(rows["lse"], length, jnp.inf),
-        "shift": lane_rows(rows["shift"], length, 0),
+        "do": heads_first(arrays["dout"].astype(v.dtype), length),
+        "lse": lane_rows(arrays["lse"], length, jnp.inf),
+        "shift": lane_rows(arrays["shift"], length, 0),
     }
     shapes = {
         "dq": jax.ShapeDtypeStruct((b, n, length, h), q.dtype),
@@ -215,17 +224,19 @@ def _backward(static: _Static, q, k, v, blocks, segments, do, rows):
     return dq[:, :, :t].swapaxes(1, 2), dk.swapaxes(1, 2), dv.astype(v.dtype).swapaxes(1, 2)
 
 
-def _operands(static: _Static, q, k, v, blocks, segments):
+def _operands(static: _Static, arrays):
+    q, k, v, blocks = (arrays[name] for name in ("q", "k", "v", "blocks"))
     s, block = k.shape[1], static.block
     tiling = Tiling.of(block, blocks.shape[1], s // block, blocks.shape[2])
     length = tiling.tiles * tiling.group * block
     lists, logs = _lists(blocks, tiling, block, s // block)
-    arrays = {"lists": lists, "logs": logs, "q": heads_first(q, length), "k": heads_first(k, s), "v": heads_first(v, s)}
-    if segments:
-        row = segments["q_segments"]
-        arrays["q_segments"] = jnp.pad(row, ((0, 0), (0, 0), (0, length - row.shape[2])))
-        arrays["k_segments"] = segments["k_segments"]
-    return tiling, arrays
+    operands = {"lists": lists, "logs": logs, "q": heads_first(q, length)}
+    operands |= {"k": heads_first(k, s), "v": heads_first(v, s)}
+    if "keys" in arrays:
+        queries = arrays["queries"]
+        operands["q_segments"] = jnp.pad(queries, ((0, 0), (0, length - queries.shape[1])))[:, None]
+        operands["k_segments"] = arrays["keys"][:, :, None]
+    return tiling, operands
 
 
 def _call(kernel, name, static: _Static, tiling: Tiling, operands, shapes, *, products):

@@ -1,0 +1,174 @@
+"""Block tables on TPU against float64, in two interpret modes; the work they do; what they refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.kernels import sparse_tpu as module
+from jaxlm.kernels.bigbird import bigbird, random_blocks
+from jaxlm.kernels.block_table import BlockTable, multiplicity
+from jaxlm.kernels.call import call_of
+from jaxlm.kernels.masks import CAUSAL
+from jaxlm.kernels.sparse_tpu import Tiling, _lists, refuses_sparse_tpu, sparse_tpu
+from tests.kernels.float64 import close, exact
+from tests.kernels.interpret import STRICT, run_strictly
+
+SEGMENTS = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 4, (2, 320)), 1), jnp.int32)
+
+
+def drawn(heads, rows, slots, key_blocks, block, full_rows=(), seed=0):
+    blocks = np.random.default_rng(seed).integers(-1, key_blocks, (heads, rows, slots))
+    return BlockTable(jnp.asarray(blocks, jnp.int32), block, full_rows)
+
+
+CASES = {
+    "bigbird, evaluation": (bigbird(1536, block=128), {"b": 1, "n": 2}, {}),
+    "bigbird, random": (bigbird(1024, random_blocks(1024, heads=4, seed=0)), {}, {}),
+    "softcap, sinks, hidden keys": (
+        drawn(4, 6, 4, 6, 64),
+        {"b": 1},
+        {"softcap": 3.0, "sinks": jnp.asarray([1.0, 0, -1, 2]), "k_valid": jnp.arange(384)[None] % 5 > 0},
+    ),
+    "segments, full row, odd rows": (
+        drawn(4, 5, 7, 5, 64, (1,)),
+        {},
+        {"q_segments": SEGMENTS, "k_segments": SEGMENTS},
+    ),
+    "blocks of 128, more keys": (drawn(1, 2, 3, 3, 128), {"n": 2, "kh": 1, "s": 384, "h": 128, "dv": 72}, {}),
+    "blocks of 32": (drawn(2, 12, 5, 12, 32), {"n": 2, "kh": 2}, {}),
+    "several passes": (drawn(2, 3, 7, 24, 64), {"n": 2, "kh": 2, "b": 1, "s": 1536}, {}),
+    "an empty row": (BlockTable(jnp.asarray([[[0, 0], [-1, -1]]], jnp.int32), 64), {"n": 2}, {}),
+}
+
+
+def both(name, interpret=True, dtype=jnp.float32):
+    table, shape, features = CASES[name]
+    shape = {"b": 2, "n": 4, "kh": 2, "h": 64, "dv": 64} | shape
+    b, n, kh = shape["b"], shape["n"], shape["kh"]
+    t = table.blocks.shape[1] * table.block
+    s = shape.get("s", t)
+    rng = np.random.default_rng(0)
+    make = lambda *size: jnp.asarray(rng.standard_normal(size), dtype)
+    q, k, v = make(b, t, n, shape["h"]) * 2, make(b, s, kh, shape["h"]) * 2, make(b, s, kh, shape["dv"])
+    dout, dlse = make(b, t, n, shape["dv"]), make(b, t, n).astype(jnp.float32)
+    counts = np.asarray(multiplicity(table, t, s))[None]
+    if "q_segments" in features:
+        same = features["q_segments"][:, :, None] == features["k_segments"][:, None, :]
+        counts = counts * np.asarray(same)[:, None]
+    if "k_valid" in features:
+        counts = counts * np.asarray(features["k_valid"])[:, None, None, :]
+    rest = {x: features[x] for x in ("softcap", "sinks") if x in features}
+    want = exact(q, k, v, counts, scale=0.1, dout=dout, dlse=dlse, **rest)
+    sinks = features.get("sinks")
+
+    def run(q, k, v, sinks):
+        given = features | ({} if sinks is None else {"sinks": sinks})
+        return sparse_tpu(q, k, v, table, scale=0.1, return_lse=True, interpret=interpret, **given)
+
+    def call():
+        (out, lse), vjp = jax.vjp(run, q, k, v, sinks)
+        return (out, lse, *vjp((dout, dlse)))
+
+    return call, want
+
+
+def check(got, want, tolerance=1e-5):
+    for x, exactly in zip(got, (want.out, want.lse, want.dq, want.dk, want.dv, want.dsinks), strict=True):
+        if x is not None:
+            close(x, exactly, tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, monkeypatch):
+    if name == "several passes":
+        monkeypatch.setattr(module, "MOST_KEYS", 256)
+    call, want = both(name)
+    check(call(), want)
+
+
+def test_bfloat16():
+    call, want = both("blocks of 128, more keys", dtype=jnp.bfloat16)
+    check(call(), want, 2e-2)
+
+
+def test_no_race_and_nothing_uninitialized():
+    call, want = both("segments, full row, odd rows", interpret=STRICT)
+    got, race = run_strictly(call)
+    assert not race
+    check(got, want)
+
+
+def test_tables_scan_over_layers():
+    layers = [drawn(2, 4, 3, 4, 64, seed=seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 256, 2, 64)), jnp.float32)
+    one = functools.partial(sparse_tpu, scale=0.1, interpret=True)
+    got, _ = jax.jit(lambda q: jax.lax.scan(lambda x, table: (one(x, x, x, table), None), q, stacked))(q)
+    want = q
+    for layer in layers:
+        want = one(want, want, want, layer)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_splits_over_the_mesh():
+    table = drawn(4, 4, 2, 4, 64)
+    make = lambda n, seed: jnp.asarray(np.random.default_rng(seed).standard_normal((2, 256, n, 64)), jnp.float32)
+    q, k, v = make(4, 0), make(2, 1), make(2, 2)
+    sinks = jnp.arange(4.0)
+    run = lambda q, sinks, k: (sparse_tpu(q, k, v, table, scale=0.1, sinks=sinks, interpret=True) ** 2).sum()
+    both = jax.value_and_grad(run, argnums=(0, 1, 2))
+    alone = both(q, sinks, k)
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.jit(both)(q, sinks, k)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, alone)
+
+
+def visited(table, t) -> float:
+    """The share of dense work that the passes over a table's tiles do, its full rows included, largest over heads."""
+    rows = table.blocks.shape[1]
+    full = np.flatnonzero(table.full())
+    work = 0
+    for blocks in (table.blocks.at[:, full].set(-1), jnp.broadcast_to(jnp.arange(rows), (1, len(full), rows))):
+        tiling = Tiling.of(table.block, blocks.shape[1], rows, blocks.shape[2])
+        lists, _ = _lists(blocks, tiling, table.block, rows)
+        passes = np.asarray(lists).reshape(len(lists), tiling.tiles, -1)[:, :, 0]
+        groups = passes.reshape(len(lists), -1, tiling.together)  # tiles that run together wait for each other
+        tile = tiling.group * tiling.width * table.block**2
+        work += (np.maximum(groups.max(2), 1) * tiling.together).sum(1).max() * tile
+    return work / t**2
+
+
+@pytest.mark.parametrize(("t", "most"), [(4096, 0.24), (16384, 0.065)])
+def test_bigbird_visits_little(t, most):
+    table = bigbird(t, random_blocks(t, heads=2, seed=3))
+    assert visited(table, t) <= most
+    assert visited(bigbird(t), t) <= most  # evaluation
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"platform": "gpu"}, "needs a TPU, the platform is 'gpu'"),
+        ({"mask": CAUSAL}, "runs block tables, not"),
+        ({"given": {"bias", "q_pos", "sinks"}}, "has no bias, q_pos"),
+        ({"dtype": jnp.float16}, "computes in bfloat16 or float32, got float16"),
+        ({"block": 48}, "needs blocks of 32, 64 or a multiple of 128 up to 1024, got 48"),
+        ({"t": 1 << 20}, "keeps 1048576 keys and their gradients in VMEM: 1544 MB of"),
+    ],
+)
+def test_refuses(change, reason):
+    block, t = change.get("block", 64), change.get("t", 384)
+    shape = jax.ShapeDtypeStruct((1, t, 2, 64), change.get("dtype", jnp.bfloat16))
+    mask = change.get("mask", drawn(1, t // block, 3, t // block, block))
+    call = call_of(shape, shape, shape, mask, change.get("given", ()), platform=change.get("platform", "tpu"))
+    assert reason in (refuses_sparse_tpu(call) or "")
+
+
+def test_takes_what_it_should():
+    shape = jax.ShapeDtypeStruct((1, 384, 2, 64), jnp.bfloat16)
+    call = call_of(shape, shape, shape, drawn(1, 6, 3, 6, 64), {"k_valid", "sinks"}, platform="tpu")
+    assert refuses_sparse_tpu(call) is None
