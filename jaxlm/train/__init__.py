@@ -1,1 +1,1 @@
-"""Training: adapters."""
+"""Training: losses, the jitted step, optimizers, and the loop around them."""
