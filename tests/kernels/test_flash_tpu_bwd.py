@@ -6,6 +6,7 @@ import pytest
 
 from jaxlm.kernels import masks
 from jaxlm.kernels.flash_tpu_bwd import TILES, Blocks, _plan, backward, choose_blocks
+from jaxlm.kernels.plan import tile_kinds
 from tests.kernels.float64 import close, exact
 from tests.kernels.interpret import STRICT, run_strictly
 
@@ -115,8 +116,6 @@ def test_the_plan_visits_each_tile_once(mask):
             at = number * (blocks.chunk // blocks.k) + columns[full:end]
             seen[row[i], at] += 1 + (np.arange(full, end) >= partial)
     kinds = masks.FULL + 1 - seen  # visited without the predicate once, with it twice
-    from jaxlm.kernels.plan import tile_kinds
-
     want = tile_kinds(mask, t, t, 512, 512)
     assert ((seen == 0) == (want == masks.SKIP)).all()
     assert (kinds[seen > 0] == want[seen > 0]).all()
