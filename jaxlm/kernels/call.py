@@ -77,6 +77,25 @@ def visible(
     return seen
 
 
+def varying_zero(arrays: dict[str, Array]) -> Any:
+    """0; inside of shard_map an int32 array that varies over every manual axis that one of the arrays varies over.
+
+    What a loop carries must vary from the start over the axes over which it will in the end; added to it, this says so.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return 0
+    ones = [x.ravel()[0] for x in arrays.values() if x.size]
+    return sum((x != x).astype(jnp.int32) for x in ones) * 0
+
+
+def vary_alike(arrays: dict[str, Array]) -> dict[str, Array]:
+    """The arrays, inside of shard_map all varying over the same manual axes."""
+    zero = varying_zero(arrays)
+    if isinstance(zero, int):
+        return arrays
+    return {name: x | (zero > 0) if x.dtype == bool else x + zero.astype(x.dtype) for name, x in arrays.items()}
+
+
 def dropout_seed(key) -> Array:
     """uint32 [2] from a key of any generator: what `kept` draws from."""
     return jax.random.bits(key, (2,), jnp.uint32)

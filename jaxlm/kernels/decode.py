@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.kernels.block_table import BlockTable
-from jaxlm.kernels.call import Call, precision, visible
+from jaxlm.kernels.call import Call, precision, vary_alike, varying_zero, visible
 from jaxlm.kernels.tiles import LEAST
 from jaxlm.kernels.xla import split_smooth, xla
 
@@ -24,8 +24,8 @@ LONG = 1024  # keys from which it is faster than the reference on a CPU
 
 def decode(q, k, v, mask, *, scale, return_lse=False, split=SPLIT, **features):
     """Up to 16 queries, by splits of the keys; everything but dropout and block tables."""
-    smooth, rest = split_smooth({"q": q, "k": k, "v": v, **features})
-    softcap = rest.pop("softcap", None)
+    softcap = features.pop("softcap", None)
+    smooth, rest = split_smooth(vary_alike({"q": q, "k": k, "v": v, **features}))
     out, lse = _attend((mask, float(scale), softcap, min(split, k.shape[1])), smooth, rest)
     return (out, lse) if return_lse else out
 
@@ -84,7 +84,8 @@ def _results(static, smooth: dict, rest: dict) -> tuple[Array, Array]:
         return acc.at[i].set(part.reshape(acc.shape[1:])), top.at[i].set(highest), total.at[i].set(p.sum(-1))
 
     rows = (splits, b, kh, group, t)
-    empty = (jnp.zeros((*rows, dv), jnp.float32), jnp.full(rows, LEAST), jnp.zeros(rows))
+    zero = varying_zero(smooth)
+    empty = (jnp.zeros((*rows, dv), jnp.float32) + zero, jnp.full(rows, LEAST) + zero, jnp.zeros(rows) + zero)
     acc, top, total = jax.lax.fori_loop(0, used.sum(), step, empty)
     sinks = smooth["sinks"].astype(jnp.float32).reshape(kh, group, 1) if "sinks" in smooth else -jnp.inf
     highest = jnp.maximum(top.max(0), sinks)

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,13 @@ def test_a_dropout_rate_of_one_is_refused():
     q, k, v = arrays()
     with pytest.raises(ValueError, match=r"got 1\.0"):
         attention(q, k, v, CAUSAL, dropout=(1.0, jax.random.key(0)))
+
+
+def test_models_compute_no_attention_of_their_own():
+    models = Path(module.__file__).parent.parent / "models"
+    texts = {path.name: path.read_text() for path in models.rglob("*.py")}
+    assert {name for name, text in texts.items() if "softmax" in text} == {"moe.py"}  # its router
+    assert not [name for name, text in texts.items() if "dot_product_attention" in text]
 
 
 def test_alibi_is_the_slope_times_how_far_the_key_lies_ahead():

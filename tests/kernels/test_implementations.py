@@ -9,11 +9,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlm.kernels import decode, xla
-from jaxlm.kernels.attention import attention, choose, reference
+from jaxlm.kernels.attention import IMPLS, attention, reference
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import call_of, dropout_seed, kept
 from jaxlm.kernels.masks import CAUSAL, Band, window
 from tests.kernels.suite import CASES, IMPLEMENTATIONS, Table, check
+
+
+PORTABLE = {"decode", "xla", "reference"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -46,27 +49,22 @@ def positions(t):
     ("t", "s", "platform", "given", "name"),
     [
         (64, 64, "cpu", (), "reference"),
-        (1, 512, "cpu", (), "reference"),
+        (64, 4096, "cpu", (), "reference"),
         (128, 128, "cpu", (), "xla"),
         (512, 512, "tpu", (), "reference"),
         (1024, 1024, "gpu", (), "xla"),
+        (1, 512, "cpu", (), "reference"),
         (1, 4096, "cpu", ("k_pos", "q_pos"), "decode"),
         (1, 4096, "cpu", ("dropout",), "reference"),
         (1, 2**20, "gpu", (), "reference"),
+        (64, 2**20, "gpu", (), "xla"),
     ],
 )
 def test_choice_by_size(t, s, platform, given, name):
-    """Named as a pattern of what pays; accelerators' own kernels refuse float32 or come first."""
-    call = call_of(*shapes(t, s), Band(-3, 5), given, platform=platform)
-    portable = {
-        i.name: i.refuses(call) or i.declines(call) for i in map(lambda n: choose(call, n), portable_names(call))
-    }
-    assert next(n for n, reason in portable.items() if reason is None) == name
-
-
-def portable_names(call):
-    able = {"decode": decode.refuses_decode, "xla": xla.refuses_xla}
-    return [*(name for name, refuses in able.items() if refuses(call) is None), "reference"]
+    """Among the portable ones, in their order; the kernels of an accelerator come before them."""
+    call = call_of(*shapes(t, s), CAUSAL, given, platform=platform)
+    free = (i for i in IMPLS.values() if i.name in PORTABLE and i.refuses(call) is None and i.declines(call) is None)
+    assert next(free).name == name
 
 
 def test_a_declined_implementation_runs_when_named():
@@ -209,6 +207,18 @@ def test_batch_and_heads_shard_without_communication(given):
     assert not [op for op in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if f" {op}(" in text]
     got = compiled(*(jax.device_put(x, split) for x in (q, k)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), got, want)
+
+
+@pytest.mark.parametrize(("run", "t"), [(xla.xla, 64), (decode.decode, 8)], ids=["xla", "decode"])
+def test_inside_of_shard_map(run, t):
+    """With the checks of what varies on: sinks are the same for every shard of the batch, so their gradients add up."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    q, k, sinks, pos = normal(2, t, 4, 8), normal(2, 64, 2, 8), normal(4), jnp.arange(64 - t, 64)[None]
+    local = lambda q, k, sinks: run(q, k, k, CAUSAL, scale=0.3, q_pos=pos, sinks=sinks)
+    arrays = PartitionSpec("data", None, "tensor", None)
+    split = jax.shard_map(local, mesh=mesh, in_specs=(arrays, arrays, PartitionSpec("tensor")), out_specs=arrays)
+    both = lambda f: jax.jit(lambda *x: (f(*x), jax.vjp(f, *x)[1](q)))(q, k, sinks)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), both(split), both(local))
 
 
 def test_maps_over_examples():
