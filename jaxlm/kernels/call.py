@@ -26,25 +26,21 @@ class Call:
     capability: tuple[int, int] | None = None  # of an NVIDIA GPU
     return_lse: bool = False
 
-    def describe(self, names: set[str]) -> str:
-        """Those of `names` that were given, for a message."""
-        return ", ".join(sorted(self.given & names))
-
 
 def call_of(q, k, v, mask, given=(), return_lse=False, platform: str | None = None) -> Call:
     """The Call of these arrays on the platform that will run it."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     if platform is None:
-        platform, capability = _device()
+        platform, capability = device()
     else:
         capability = None
     return Call(shape(q), shape(k), shape(v), mask, frozenset(given), platform, capability, return_lse)
 
 
-def _device() -> tuple[str, tuple[int, int] | None]:
+def device() -> tuple[str, tuple[int, int] | None]:
     """Platform and capability: of the mesh that is set, which may be of chips that are not here, or the default's."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    of_mesh: Any = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if of_mesh is None else of_mesh.platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     if platform != "gpu" or jax.default_backend() != "gpu":
         return platform, None

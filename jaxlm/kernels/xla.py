@@ -17,13 +17,15 @@ import numpy as np
 from jax import Array
 
 from jaxlm.kernels.block_table import BlockTable
-from jaxlm.kernels.call import Call, dropout_seed, vary_alike
+from jaxlm.kernels.call import Call, device, dropout_seed, vary_alike
 from jaxlm.kernels.masks import EVERYTHING, FULL, PARTIAL, SKIP
 from jaxlm.kernels.plan import tile_plan
 from jaxlm.kernels.tiles import Gathered, Spec, Tiles
 
 BLOCK = 512  # queries and keys of a tile, at most
-TILE_LOGITS = 2**22  # B * N * queries * keys of a tile, at most, unless blocks would be smaller than 128
+# B * N * queries * keys of a tile, at most, unless its sides would be shorter than 128: on a CPU what stays in cache.
+TILE_LOGITS = {"cpu": 2**21}
+TILE_LOGITS_ELSEWHERE = 2**24
 # T * S from which it is the choice. On a CPU it wins from 128 x 128 on, measured with scripts/bench_attention.py;
 # elsewhere a step of a loop costs more beside its work. The logits of few queries are linear in S as they are.
 LOGITS = {"cpu": 2**14}
@@ -65,8 +67,8 @@ def declines_xla(call: Call) -> str | None:
 
 def _block(length: int, heads: int) -> int:
     """A block size of at most BLOCK that pads little."""
-    most = BLOCK
-    while most > 128 and heads * most * most > TILE_LOGITS:
+    most, logits = BLOCK, TILE_LOGITS.get(device()[0], TILE_LOGITS_ELSEWHERE)
+    while most > 128 and heads * most * most > logits:
         most //= 2
     blocks = -(-length // most)
     return -(-length // (blocks * 16)) * 16
