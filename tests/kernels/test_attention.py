@@ -135,11 +135,12 @@ def test_a_named_implementation_never_falls_back():
 
 
 def test_the_choice_is_logged_once(caplog):
-    module._log_choice.cache_clear()
-    q, k, v = arrays()
+    module._logged.clear()
+    q, k, v = arrays(t=20)
     with caplog.at_level("INFO", logger="jaxlm"):
         attention(q, k, v, CAUSAL)
         attention(q, k, v, CAUSAL)
+        attention(q[:, :18], k, v, CAUSAL)  # nor once for every length
     (record,) = caplog.records
     assert record.getMessage().startswith("attention uses reference; cudnn needs an NVIDIA GPU, the platform is 'cpu'")
 
