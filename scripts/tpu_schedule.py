@@ -45,8 +45,11 @@ def backward(q, k, v):
     return kernel(q, k, v, q, lse, q, lse, EVERYTHING, scale=0.1)
 
 
-def splash(q, k, v, gradient=False, compute=512):
-    """jax's kernel with its best blocks of those tried: 2048 queries and keys, `compute` keys at once."""
+def splash(q, k, v, gradient=False, compute=512, fused=False):
+    """jax's kernel with its best blocks of those tried: 2048 queries and keys, `compute` keys at once.
+
+    Fused, its backward pass is one kernel, which writes a dq for every 2048 keys, to be added up.
+    """
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -54,10 +57,10 @@ def splash(q, k, v, gradient=False, compute=512):
 
     q, k, v = (x[0].swapaxes(0, 1) for x in (q, k, v))
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * q.shape[0])
-    blocks = kernel.BlockSizes(
-        block_q=2048, block_kv=2048, block_kv_compute=compute, block_q_dq=1024, block_kv_dq=1024,
-        block_q_dkv=1024, block_kv_dkv=1024, block_kv_dkv_compute=512,
-    )  # fmt: skip
+    sizes: dict = {"block_q": SIDE, "block_kv": SIDE, "block_kv_compute": compute}
+    sizes |= {"block_q_dkv": SIDE, "block_kv_dkv": SIDE, "block_kv_dkv_compute": 512}
+    sizes |= {"use_fused_bwd_kernel": True} if fused else {"block_q_dq": SIDE, "block_kv_dq": SIDE}
+    blocks = kernel.BlockSizes(**sizes)
     attend = kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
     return (
         jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v) if gradient else attend(q, k, v)
@@ -95,23 +98,29 @@ def measure_backward(chip: str, width: int) -> dict:
 
     (schedule,) = aot.schedule(backward, *shapes(width), chip=chip, kernel="flash_backward").values()
     blocks = choose_blocks(EVERYTHING, TOKENS, TOKENS, 2 * max(width, 128), 2, False)
-    how = {"dynamic": (blocks.chunk // blocks.k, 0)}  # loops over the tiles that need no predicate, and that do
+    # What clears and what writes dk and dv runs once for a chunk of keys and the queries of all heads of its group.
+    starts = {loop.start for loop in schedule.loops}
+    once = tuple(c for c in schedule.conditions() if c[0] not in starts)
+    if len(once) != 2:
+        raise RuntimeError(f"expected to clear and to write under a condition, found {once}")
+    # The loops are over the tiles that need no predicate, and over those that do.
+    how = {"dynamic": (blocks.chunk // blocks.k, 0), "skip": once}
     bundles = schedule.bundles(**how) * SIDE**2 / (blocks.q * blocks.chunk)
+    bundles += sum(stop - start for start, stop in once) * SIDE**2 / (TOKENS * blocks.chunk)
     return {"bundles": round(bundles), "blocks": [blocks.q, blocks.k, blocks.chunk], **shares(schedule, how)}
 
 
-def measure_splash(what: str, chip: str, width: int) -> int | None:
+def measure_splash(what: str, chip: str, width: int, fused: bool = False) -> int | None:
     """Bundles of jax's splash attention; None where it does not compile with these blocks."""
     compute = 512 if chip == "v6e" else 256  # more does not fit v5p's default share of VMEM
-    call = functools.partial(splash, gradient=what == "backward", compute=compute)
+    call = functools.partial(splash, gradient=what == "backward", compute=compute, fused=fused)
     try:
         found = aot.schedule(call, *shapes(width), chip=chip)
     except RuntimeError as e:
         print(f"splash {what} {chip} {width}: {str(e).strip().splitlines()[-1]}")
         return None
     kept = {name: s for name, s in found.items() if ("fwd" in name) == (what == "forward") and "splash" in name}
-    side = SIDE if what == "forward" else 1024
-    return round(sum(s.bundles() for s in kept.values()) * (SIDE / side) ** 2)
+    return sum(s.bundles() for s in kept.values())
 
 
 def shares(schedule: aot.Schedule, how: dict) -> dict:
@@ -131,7 +140,9 @@ def main() -> None:
             continue
         found = (measure_forward if what == "forward" else measure_backward)(chip, width)
         before = stored.get(name, {})
-        found["splash"] = measure_splash(what, chip, width) if chosen.update else before.get("splash")
+        for key in ("splash", "splash_fused") if what == "backward" else ("splash",):
+            fused = key == "splash_fused"
+            found[key] = measure_splash(what, chip, width, fused) if chosen.update else before.get(key)
         print(name, found, f"stored {before.get('bundles')}", flush=True)
         if chosen.update:
             stored[name] = found

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import re
 from typing import Any
 
 import jax
@@ -177,10 +178,15 @@ def choose(call: Call, impl: str | None = None) -> Implementation:
     return IMPLS[impl]
 
 
-@functools.cache
 def _log_choice(name: str, refused: tuple[tuple[str, str], ...]) -> None:
-    """Logs once per choice and reason, so that falling to a slower implementation is never silent."""
-    log.info("attention uses %s%s", name, "".join(f"; {other} {why}" for other, why in refused))
+    """Logs once per choice and reasons, but for their numbers, so that falling to a slower one is never silent."""
+    key = (name, re.sub(r"\d+", "#", str(refused)))
+    if key not in _logged:
+        _logged.add(key)
+        log.info("attention uses %s%s", name, "".join(f"; {other} {why}" for other, why in refused))
+
+
+_logged: set[tuple[str, str]] = set()
 
 
 def _check_shapes(q, k, v) -> None:

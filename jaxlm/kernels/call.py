@@ -26,25 +26,21 @@ class Call:
     capability: tuple[int, int] | None = None  # of an NVIDIA GPU
     return_lse: bool = False
 
-    def describe(self, names: set[str]) -> str:
-        """Those of `names` that were given, for a message."""
-        return ", ".join(sorted(self.given & names))
-
 
 def call_of(q, k, v, mask, given=(), return_lse=False, platform: str | None = None) -> Call:
     """The Call of these arrays on the platform that will run it."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     if platform is None:
-        platform, capability = _device()
+        platform, capability = device()
     else:
         capability = None
     return Call(shape(q), shape(k), shape(v), mask, frozenset(given), platform, capability, return_lse)
 
 
-def _device() -> tuple[str, tuple[int, int] | None]:
+def device() -> tuple[str, tuple[int, int] | None]:
     """Platform and capability: of the mesh that is set, which may be of chips that are not here, or the default's."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    of_mesh: Any = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if of_mesh is None else of_mesh.platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     if platform != "gpu" or jax.default_backend() != "gpu":
         return platform, None
@@ -78,6 +74,25 @@ def visible(
     if k_valid is not None:
         seen = seen & k_valid[..., None, :]
     return seen
+
+
+def varying_zero(arrays: dict[str, Array]) -> Any:
+    """0; inside of shard_map an int32 array that varies over every manual axis that one of the arrays varies over.
+
+    What a loop carries must vary from the start over the axes over which it will in the end; added to it, this says so.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return 0
+    ones = [x.ravel()[0] for x in arrays.values() if x.size]
+    return sum((x != x).astype(jnp.int32) for x in ones) * 0
+
+
+def vary_alike(arrays: dict[str, Array]) -> dict[str, Array]:
+    """The arrays, inside of shard_map all varying over the same manual axes."""
+    zero = varying_zero(arrays)
+    if isinstance(zero, int):
+        return arrays
+    return {name: x | (zero > 0) if x.dtype == bool else x + zero.astype(x.dtype) for name, x in arrays.items()}
 
 
 def dropout_seed(key) -> Array:

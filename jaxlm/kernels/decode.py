@@ -13,19 +13,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.kernels.block_table import BlockTable
-from jaxlm.kernels.call import Call, precision, visible
+from jaxlm.kernels.call import Call, precision, vary_alike, varying_zero, visible
 from jaxlm.kernels.tiles import LEAST
 from jaxlm.kernels.xla import split_smooth, xla
 
 QUERIES = 16  # at most
 SPLIT = 512  # keys
-LONG = 1024  # keys from which it is faster than the reference on a CPU
+# B * S * K from which it is the choice on a CPU, measured with scripts/bench_attention.py: over a cache filled to a
+# quarter it takes 0.2 to 0.5 of the reference's time, over a full one 0.5 to 1.5.
+KEYS = 10_000
 
 
 def decode(q, k, v, mask, *, scale, return_lse=False, split=SPLIT, **features):
     """Up to 16 queries, by splits of the keys; everything but dropout and block tables."""
-    smooth, rest = split_smooth({"q": q, "k": k, "v": v, **features})
-    softcap = rest.pop("softcap", None)
+    softcap = features.pop("softcap", None)
+    smooth, rest = split_smooth(vary_alike({"q": q, "k": k, "v": v, **features}))
     out, lse = _attend((mask, float(scale), softcap, min(split, k.shape[1])), smooth, rest)
     return (out, lse) if return_lse else out
 
@@ -45,7 +47,8 @@ def declines_decode(call: Call) -> str | None:
     """Short caches, and platforms where a loop over splits leaves most of the chip idle."""
     if call.platform != "cpu":
         return f"loops over splits of the keys, which pays on a CPU, not on {call.platform!r}"
-    return f"pays from {LONG} keys on" if call.k.shape[1] < LONG else None
+    (b, s, heads, _), least = call.k.shape, 2 * SPLIT
+    return None if b * s * heads >= KEYS and s >= least else f"pays from {least} slots and {KEYS} keys (B * S * K) on"
 
 
 def _results(static, smooth: dict, rest: dict) -> tuple[Array, Array]:
@@ -84,7 +87,8 @@ def _results(static, smooth: dict, rest: dict) -> tuple[Array, Array]:
         return acc.at[i].set(part.reshape(acc.shape[1:])), top.at[i].set(highest), total.at[i].set(p.sum(-1))
 
     rows = (splits, b, kh, group, t)
-    empty = (jnp.zeros((*rows, dv), jnp.float32), jnp.full(rows, LEAST), jnp.zeros(rows))
+    zero = varying_zero(smooth)
+    empty = (jnp.zeros((*rows, dv), jnp.float32) + zero, jnp.full(rows, LEAST) + zero, jnp.zeros(rows) + zero)
     acc, top, total = jax.lax.fori_loop(0, used.sum(), step, empty)
     sinks = smooth["sinks"].astype(jnp.float32).reshape(kh, group, 1) if "sinks" in smooth else -jnp.inf
     highest = jnp.maximum(top.max(0), sinks)

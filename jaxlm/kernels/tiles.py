@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxlm.kernels.call import kept, precision, visible
+from jaxlm.kernels.call import kept, precision, varying_zero, visible
 from jaxlm.kernels.masks import Mask
 
 LEAST = float(np.finfo(np.float32).min)
@@ -56,6 +56,7 @@ class Tiles:
         self.alibi, self.sinks = (self._by_head(x[a]) if a in x else None for a in ("alibi", "sinks"))
         self.bias: Any = _pad_bias(x["bias"], self.nq * bq, self.nk * bk) if "bias" in x else None
         self.seed: Any = x.get("seed")
+        self.zero = varying_zero(x)
 
     def _key_heads(self, x: dict[str, Array], kh: int) -> int:
         return kh
@@ -130,9 +131,9 @@ class Tiles:
 
     def start(self) -> tuple[Array, Array, Array]:
         rows = (self.nq, self.b, self.kh, self.group, self.spec.block_q)
-        acc = jnp.zeros((self.nq, self.b, self.kh, self.group * self.spec.block_q, self.dv), jnp.float32)
+        acc = jnp.zeros((self.nq, self.b, self.kh, self.group * self.spec.block_q, self.dv), jnp.float32) + self.zero
         if self.sinks is None:
-            return acc, jnp.full(rows, LEAST), jnp.zeros(rows)
+            return acc, jnp.full(rows, LEAST) + self.zero, jnp.zeros(rows) + self.zero
         # A sink is a logit that was seen first. Of one that is -inf nothing is left.
         top = jnp.maximum(self.sinks, LEAST)
         spread = lambda x: jnp.broadcast_to(x[..., None], rows)
@@ -169,11 +170,8 @@ class Tiles:
         return {"d_out": self._fold_q(d_out), "fall": rows(self._fold_q(fall[..., None])), "lse": rows(lse)}
 
     def start_gradients(self) -> dict[str, Array]:
-        start = {name: jnp.zeros(getattr(self, name).shape, jnp.float32) for name in ("q", "k", "v")}
-        for name in ("bias", "alibi"):
-            if getattr(self, name) is not None:
-                start[name] = jnp.zeros(getattr(self, name).shape, jnp.float32)
-        return start
+        totals = {name: getattr(self, name) for name in ("q", "k", "v", "bias", "alibi")}
+        return {name: jnp.zeros(x.shape, jnp.float32) + self.zero for name, x in totals.items() if x is not None}
 
     def backward(self, grads: dict, given: dict, i, j, predicated: bool) -> dict:
         q, k, v, d_out = self.q[i], self.take(self.k, j), self.take(self.v, j), given["d_out"][i]

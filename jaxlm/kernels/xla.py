@@ -17,16 +17,20 @@ import numpy as np
 from jax import Array
 
 from jaxlm.kernels.block_table import BlockTable
-from jaxlm.kernels.call import Call, dropout_seed
+from jaxlm.kernels.call import Call, device, dropout_seed, vary_alike
 from jaxlm.kernels.masks import EVERYTHING, FULL, PARTIAL, SKIP
 from jaxlm.kernels.plan import tile_plan
 from jaxlm.kernels.tiles import Gathered, Spec, Tiles
 
 BLOCK = 512  # queries and keys of a tile, at most
-TILE_LOGITS = 2**22  # B * N * queries * keys of a tile, at most, unless blocks would be smaller than 128
-SHORT = {"cpu": 2**14}  # T * S below which the reference is as fast
-SHORT_ELSEWHERE = 2**20  # where a step of a loop costs more beside its work
-FEW = 16  # queries whose logits are linear in S as they are
+# B * N * queries * keys of a tile, at most, unless its sides would be shorter than 128: on a CPU what stays in cache.
+TILE_LOGITS = {"cpu": 2**21}
+TILE_LOGITS_ELSEWHERE = 2**24
+# T * S from which it is the choice. On a CPU it wins from 128 x 128 on, measured with scripts/bench_attention.py;
+# elsewhere a step of a loop costs more beside its work. The logits of few queries are linear in S as they are.
+LOGITS = {"cpu": 2**14}
+LOGITS_ELSEWHERE = 2**20
+FEW, LOGITS_OF_FEW = 64, 2**24
 
 
 def xla(q, k, v, mask, *, scale, return_lse=False, block_q=None, block_k=None, **features):
@@ -37,7 +41,7 @@ def xla(q, k, v, mask, *, scale, return_lse=False, block_q=None, block_k=None, *
         features["seed"] = dropout_seed(key)
     softcap = features.pop("softcap", None)
     spec = functools.partial(Spec, scale=float(scale), softcap=softcap, rate=rate, queries=t)
-    arrays = {"q": q, "k": k, "v": v, **features}
+    arrays = vary_alike({"q": q, "k": k, "v": v, **features})
     if isinstance(mask, BlockTable):
         out, lse = _table(spec, arrays, mask, block_k)
     else:
@@ -53,16 +57,18 @@ def refuses_xla(call: Call) -> str | None:
 
 def declines_xla(call: Call) -> str | None:
     """Short sequences, which the reference computes as fast and in little memory."""
-    short = SHORT.get(call.platform, SHORT_ELSEWHERE)
-    if call.q.shape[1] <= FEW or call.q.shape[1] * call.k.shape[1] < short:
-        return f"pays from {FEW + 1} queries and {short} logits (T * S) on"
+    (t, s), here = (call.q.shape[1], call.k.shape[1]), LOGITS.get(call.platform, LOGITS_ELSEWHERE)
+    if t * s < here:
+        return f"pays from {here} logits (T * S) on"
+    if t <= FEW and t * s < LOGITS_OF_FEW:
+        return f"pays for up to {FEW} queries from {LOGITS_OF_FEW} logits (T * S) on"
     return None
 
 
 def _block(length: int, heads: int) -> int:
     """A block size of at most BLOCK that pads little."""
-    most = BLOCK
-    while most > 128 and heads * most * most > TILE_LOGITS:
+    most, logits = BLOCK, TILE_LOGITS.get(device()[0], TILE_LOGITS_ELSEWHERE)
+    while most > 128 and heads * most * most > logits:
         most //= 2
     blocks = -(-length // most)
     return -(-length // (blocks * 16)) * 16
@@ -80,7 +86,7 @@ def _table(spec: Callable[..., Spec], arrays: dict, table: BlockTable, block_k: 
     full = np.flatnonzero(table.full())
     spec = functools.partial(spec, mask=EVERYTHING)
     gathered = spec(block_q=block, block_k=block, skip_rows=tuple(map(int, full)))
-    out, lse = _attend(gathered, *split_smooth(arrays | {"blocks": table.blocks}))
+    out, lse = _attend(gathered, *split_smooth(vary_alike(arrays | {"blocks": table.blocks})))
     if not full.size:
         return out, lse
     rows = (full[:, None] * block + np.arange(block)).ravel()

@@ -345,7 +345,7 @@ def _decode_refuses(case: Case) -> str | None:
 IMPLEMENTATIONS = [
     Implementation("reference", reference),
     # Tiles and splits so small that every case has several, some of them ragged.
-    Implementation("xla", functools.partial(xla.xla, block_q=16, block_k=24)),
+    Implementation("xla", functools.partial(xla.xla, block_q=8, block_k=12)),
     Implementation("decode", functools.partial(decode.decode, split=16), _decode_refuses),
     # jax's portable implementation of the call that cuDNN would get.
     Implementation("cudnn", functools.partial(cudnn.cudnn, implementation="xla"), _cudnn_refuses, platform="gpu"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,22 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels import masks
 from jaxlm.kernels.attention import attention
+from jaxlm.kernels.bigbird import bigbird, random_blocks
+from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.flash_tpu import choose_blocks, flat_plan
 from tests import aot
 from tests.conftest import NO_LIBTPU, ROOT
 from tests.kernels.looped import looped
+from tests.kernels.test_sparse_tpu import visited
 
 needs_libtpu = pytest.mark.skipif(not aot.HAS_LIBTPU, reason=NO_LIBTPU)
-CHIPS_OF_KERNELS = {"forward": "v5e", "gradient": "v6e", "sharded": "v5p"}  # scripts/aot_all compiles for all
+CHIPS_OF_KERNELS = {
+    "forward": "v5e",
+    "gradient": "v6e",
+    "sharded": "v5p",
+    "sparse": "tpu7x",
+    "decode": "v4",
+}  # scripts/aot_all compiles for all
 
 
 # Parts of what libtpu 0.0.42 wrote for a kernel with a loop of 16 trips within a grid of 4 steps.
@@ -117,14 +127,43 @@ def test_gradient_compiles_over_a_mesh():
     assert "all-gather" not in program.as_text()  # every device has what it needs
 
 
+@needs_libtpu
+def test_sparse_gradient_compiles_and_its_flops_are_those_of_the_visited_blocks():
+    """BigBird: 0.24 of dense work at 4096 tokens, and what the kernels say they cost is what they visit."""
+
+    def sparse(q, k, v, blocks):
+        table = BlockTable(blocks, 64, full_rows=(0, -1))
+        return attention(q, k, v, table, impl="sparse_tpu").astype(jnp.float32).sum()
+
+    tokens, heads = 4096, 2
+    table = jax.ShapeDtypeStruct((heads, tokens // 64, 8), jnp.int32)
+    arrays = shapes(1, heads, 1, width=64, tokens=tokens)
+    program = aot.compile_tpu(jax.grad(sparse, argnums=(0, 1, 2)), *arrays, table, chip=CHIPS_OF_KERNELS["sparse"])
+    dense = heads * tokens**2 * 64 * (2 * 2 + 2 * 5)  # two products forward, five backward
+    share = visited(bigbird(tokens, random_blocks(tokens, heads=heads, seed=0)), tokens)
+    assert share <= 0.24
+    np.testing.assert_allclose(program.cost_analysis()["flops"] / dense, share, rtol=0.01)
+
+
+@needs_libtpu
+def test_decode_compiles_and_reads_the_cache_once():
+    q, k = (jax.ShapeDtypeStruct((8, t, n, 128), jnp.bfloat16) for t, n in ((1, 32), (16384, 8)))
+    position = jax.ShapeDtypeStruct((8, 1), jnp.int32)
+    decode = lambda q, k, v, q_pos: attention(q, k, v, masks.CAUSAL, q_pos=q_pos, impl="decode_tpu")
+    program = aot.compile_tpu(decode, q, k, k, position, chip=CHIPS_OF_KERNELS["decode"])
+    cache = 2 * 2 * 8 * 16384 * 8 * 128
+    assert cache < program.cost_analysis()["bytes accessed"] < 1.1 * cache
+    assert program.memory_analysis().temp_size_in_bytes < cache / 20  # no copy of it
+
+
 def test_stored_results_are_of_these_sources():
     """Run scripts/aot_all after a change of the kernels, and commit what it stores."""
     stored = json.loads((ROOT / "docs" / "measurements" / "aot_tpu.json").read_text())
-    sources = {"forward": ("flash_tpu", "plan"), "gradient": ("flash_tpu", "flash_tpu_bwd", "plan")}
+    script = runpy.run_path(str(ROOT / "scripts" / "aot_all"), run_name="aot_all")
     wanted = {
-        f"{chip} {width} {what}": aot.source_hash(*sources[what.split()[0]])
+        f"{chip} {width} {what} {where}": aot.source_hash(*script["SOURCES"][what])
         for chip in aot.CHIPS
-        for width in (64, 128, 256)
-        for what in ("forward alone", "gradient alone", "gradient fsdp=2,tensor=2")
+        for width in script["WIDTHS"]
+        for what, where in script["WAYS"]
     }
     assert {name: result["hash"] for name, result in stored.items()} == wanted

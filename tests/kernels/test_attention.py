@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -134,13 +135,15 @@ def test_a_named_implementation_never_falls_back():
 
 
 def test_the_choice_is_logged_once(caplog):
-    module._log_choice.cache_clear()
-    q, k, v = arrays()
+    module._logged.clear()
+    q, k, v = arrays(t=20)
     with caplog.at_level("INFO", logger="jaxlm"):
         attention(q, k, v, CAUSAL)
         attention(q, k, v, CAUSAL)
+        attention(q[:, :18], k, v, CAUSAL)  # nor once for every length
     (record,) = caplog.records
-    assert record.getMessage().startswith("attention uses reference; cudnn needs an NVIDIA GPU, the platform is 'cpu'")
+    assert record.getMessage().startswith("attention uses reference; ")
+    assert "; cudnn needs an NVIDIA GPU, the platform is 'cpu'" in record.getMessage()
 
 
 def test_an_implementation_of_another_platform_is_not_imported():
@@ -181,6 +184,13 @@ def test_a_dropout_rate_of_one_is_refused():
     q, k, v = arrays()
     with pytest.raises(ValueError, match=r"got 1\.0"):
         attention(q, k, v, CAUSAL, dropout=(1.0, jax.random.key(0)))
+
+
+def test_models_compute_no_attention_of_their_own():
+    models = Path(module.__file__).parent.parent / "models"
+    texts = {path.name: path.read_text() for path in models.rglob("*.py")}
+    assert {name for name, text in texts.items() if "softmax" in text} == {"moe.py"}  # its router
+    assert not [name for name, text in texts.items() if "dot_product_attention" in text]
 
 
 def test_alibi_is_the_slope_times_how_far_the_key_lies_ahead():

@@ -6,6 +6,7 @@ import pytest
 
 from jaxlm.kernels import masks
 from jaxlm.kernels.flash_tpu_bwd import TILES, Blocks, _plan, backward, choose_blocks
+from jaxlm.kernels.plan import tile_kinds
 from tests.kernels.float64 import close, exact
 from tests.kernels.interpret import STRICT, run_strictly
 
@@ -115,8 +116,16 @@ def test_the_plan_visits_each_tile_once(mask):
             at = number * (blocks.chunk // blocks.k) + columns[full:end]
             seen[row[i], at] += 1 + (np.arange(full, end) >= partial)
     kinds = masks.FULL + 1 - seen  # visited without the predicate once, with it twice
-    from jaxlm.kernels.plan import tile_kinds
-
     want = tile_kinds(mask, t, t, 512, 512)
     assert ((seen == 0) == (want == masks.SKIP)).all()
     assert (kinds[seen > 0] == want[seen > 0]).all()
+
+
+def test_padding_stays_out_where_every_logit_is_far_below_zero():
+    """A key of padding would have the logit 0 among logits of -300: a probability past float32."""
+    q, k, v, dout, dlse = inputs()
+    q, k = q.at[..., 0].set(30.0), k.at[..., 0].set(-100.0)
+    want = exact(q, k, v, 1, scale=0.1, dout=dout, dlse=dlse)
+    out, lse = jnp.asarray(want.out, jnp.float32), jnp.asarray(want.lse, jnp.float32)
+    got = backward(q, k, v, out, lse, dout, dlse, masks.EVERYTHING, scale=0.1, interpret=True, blocks=ONE)
+    check(got, want, 1e-3)  # the logits have lost three digits

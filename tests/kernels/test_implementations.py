@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlm.kernels import decode, xla
-from jaxlm.kernels.attention import attention, choose, reference
+from jaxlm.kernels.attention import IMPLS, attention, reference
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import call_of, dropout_seed, kept
-from jaxlm.kernels.masks import CAUSAL, Band, window
+from jaxlm.kernels.masks import CAUSAL, EVERYTHING, Band, window
 from tests.kernels.suite import CASES, IMPLEMENTATIONS, Table, check
+
+PORTABLE = {"decode", "xla", "reference"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -46,27 +48,23 @@ def positions(t):
     ("t", "s", "platform", "given", "name"),
     [
         (64, 64, "cpu", (), "reference"),
-        (1, 512, "cpu", (), "reference"),
+        (64, 4096, "cpu", (), "reference"),
         (128, 128, "cpu", (), "xla"),
         (512, 512, "tpu", (), "reference"),
         (1024, 1024, "gpu", (), "xla"),
-        (1, 4096, "cpu", ("k_pos", "q_pos"), "decode"),
-        (1, 4096, "cpu", ("dropout",), "reference"),
+        (1, 512, "cpu", (), "reference"),
+        (1, 4096, "cpu", (), "reference"),
+        (1, 16384, "cpu", ("k_pos", "q_pos"), "decode"),
+        (1, 16384, "cpu", ("dropout",), "reference"),
         (1, 2**20, "gpu", (), "reference"),
+        (64, 2**20, "gpu", (), "xla"),
     ],
 )
 def test_choice_by_size(t, s, platform, given, name):
-    """Named as a pattern of what pays; accelerators' own kernels refuse float32 or come first."""
-    call = call_of(*shapes(t, s), Band(-3, 5), given, platform=platform)
-    portable = {
-        i.name: i.refuses(call) or i.declines(call) for i in map(lambda n: choose(call, n), portable_names(call))
-    }
-    assert next(n for n, reason in portable.items() if reason is None) == name
-
-
-def portable_names(call):
-    able = {"decode": decode.refuses_decode, "xla": xla.refuses_xla}
-    return [*(name for name, refuses in able.items() if refuses(call) is None), "reference"]
+    """Among the portable ones, in their order; the kernels of an accelerator come before them."""
+    call = call_of(*shapes(t, s), CAUSAL, given, platform=platform)
+    free = (i for i in IMPLS.values() if i.name in PORTABLE and i.refuses(call) is None and i.declines(call) is None)
+    assert next(free).name == name
 
 
 def test_a_declined_implementation_runs_when_named():
@@ -115,6 +113,14 @@ def test_a_mask_that_hides_everything():
     q = normal(1, 20, 2, 8)
     out, back = jax.vjp(lambda q: xla.xla(q, q, q, Band(lo=50), scale=1.0, block_q=8, block_k=8), q)
     assert (out == 0).all() and (back(jnp.ones_like(out))[0] == 0).all()
+
+
+def test_padding_of_a_ragged_length_stays_finite():
+    """The last tile's padded queries lie before every key, so that a steep slope would lift them to infinity."""
+    q = normal(1, 20, 2, 8)
+    run = lambda q, alibi: xla.xla(q, q, q, EVERYTHING, scale=1.0, alibi=alibi, block_q=16, block_k=16)
+    for grad in jax.grad(lambda *x: run(*x).sum(), argnums=(0, 1))(q, jnp.full(2, 50.0)):
+        assert np.isfinite(grad).all()
 
 
 # Memory.
@@ -211,6 +217,18 @@ def test_batch_and_heads_shard_without_communication(given):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), got, want)
 
 
+@pytest.mark.parametrize(("run", "t"), [(xla.xla, 64), (decode.decode, 8)], ids=["xla", "decode"])
+def test_inside_of_shard_map(run, t):
+    """With the checks of what varies on: sinks are the same for every shard of the batch, so their gradients add up."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    q, k, sinks, pos = normal(2, t, 4, 8), normal(2, 64, 2, 8), normal(4), jnp.arange(64 - t, 64)[None]
+    local = lambda q, k, sinks: run(q, k, k, CAUSAL, scale=0.3, q_pos=pos, sinks=sinks)
+    arrays = PartitionSpec("data", None, "tensor", None)
+    split = jax.shard_map(local, mesh=mesh, in_specs=(arrays, arrays, PartitionSpec("tensor")), out_specs=arrays)
+    both = lambda f: jax.jit(lambda *x: (f(*x), jax.vjp(f, *x)[1](q)))(q, k, sinks)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), both(split), both(local))
+
+
 def test_maps_over_examples():
     q, k = normal(3, 1, 20, 2, 8), normal(3, 1, 20, 1, 8)
     pos = jnp.arange(20)[None] - jnp.asarray([0, 3, 7])[:, None, None]
@@ -221,6 +239,8 @@ def test_maps_over_examples():
     np.testing.assert_allclose(jax.vmap(run)(q, k, pos), want, atol=2e-6)
 
 
-@pytest.mark.parametrize(("length", "heads", "block"), [(8192, 2, 512), (700, 2, 352), (5, 1, 16), (8192, 64, 256)])
+@pytest.mark.parametrize(
+    ("length", "heads", "block"), [(8192, 2, 512), (700, 2, 352), (5, 1, 16), (8192, 16, 256), (8192, 64, 128)]
+)
 def test_default_blocks_pad_little(length, heads, block):
     assert xla._block(length, heads) == block
