@@ -5,6 +5,9 @@ Both sides train the same float32 checkpoint on the same tokens with AdamW, deca
 runs in a process of its own, which this one lets take turns step by step, so that neither's threads or memory disturb
 the other. Figures are medians; memory is the peak above what the process had after its imports. The share of the
 product peak is the step's FLOPs (6 a parameter and token, attention left out) over a measured large product.
+
+Then packed rows against padded and bucketed ones, with the same model and a long-tailed distribution of lengths
+(log-normal, its median an eighth of a row): tokens that are learnt, per second.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from rich.table import Table
 COMMON = """
 import json, resource, sys, time
 import numpy as np
-path, batch, length, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+path, batch, length, steps, remat = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 rss = lambda: int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
 data = np.random.default_rng(0).integers(10, 40000, (steps, batch, length))
@@ -34,7 +37,7 @@ def serve(run):
         print(json.dumps({"seconds": spent, "loss": loss, "peak": peak() - idle}), flush=True)
 """
 OURS = """
-import jax, jaxlm, jaxlm.api, jaxlm.checkpoints.safetensors, optax
+import dataclasses, jax, jaxlm, jaxlm.api, jaxlm.checkpoints.safetensors, optax
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import Optimizer
 from jaxlm.train.schedules import Schedule
@@ -43,15 +46,47 @@ idle = rss()
 model = jaxlm.load(path)
 settings = Optimizer(rate=LR, decay=DECAY, schedule=Schedule(name="constant", steps=10**6))
 optimizer = settings.make()
-loss = causal_lm(Objective(backbone=model.family.backbone, config=model.config, runtime=model.runtime))
+runtime = dataclasses.replace(model.runtime, remat=remat)
+loss = causal_lm(Objective(backbone=model.family.backbone, config=model.config, runtime=runtime))
+parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
 state = init_state({"params": model.params}, optimizer, jax.random.key(0))
 del model
 step = make_train_step(loss, optimizer, settings)
-def run(i):
+def run(batch):
     global state
-    state, metrics = step(state, {"tokens": data[i].astype(np.int32), "targets": targets[i].astype(np.int32)})
+    state, metrics = step(state, batch)
     return float(metrics["loss"])
-serve(run)
+"""
+STEPS = """
+print(json.dumps(parameters), flush=True)
+serve(lambda i: run({"tokens": data[i].astype(np.int32), "targets": targets[i].astype(np.int32)}))
+"""
+ROWS = """
+import tempfile
+from pathlib import Path
+from jaxlm.data.cache import CacheWriter, open_cache
+from jaxlm.data.formats import Example, FormatConfig
+from jaxlm.data.pipeline import Batches
+random = np.random.default_rng(1)
+sizes = np.clip(np.exp(random.normal(np.log(length / 8), 1, 2000)), 2, length).astype(int)
+folder = Path(tempfile.mkdtemp())
+with CacheWriter(folder, 2**16) as writer:
+    writer.add([Example(random.integers(10, 40000, n), np.ones(n, bool)) for n in sizes])
+    about = {"source": "random", "fingerprint": "", "vocab_size": 2**16}
+    writer.finish(tokenizer=about, format=FormatConfig(), sources=(), rows={}, data={})
+cache = open_cache(folder)
+modes = {"pack": {}, "pad": {}, "bucket": {"buckets": (length // 4, length // 2, length)}}
+rows = {mode: Batches(cache, batch, length, mode=mode, **more) for mode, more in modes.items()}
+lengths = {mode: {rows[mode][i]["tokens"].shape[1]: i for i in range(60)} for mode in modes}
+[run(rows[mode][i]) for mode in modes for i in lengths[mode].values()]  # compiles
+for repeat in range(steps - 2):
+    for mode in modes:
+        batches = [rows[mode][6 * repeat + i] for i in range(6)]
+        start = time.perf_counter()
+        [run(batch) for batch in batches]
+        spent = time.perf_counter() - start
+        learnt = sum(int((batch["targets"] != -100).sum()) for batch in batches)
+        print(json.dumps({"mode": mode, "learnt_per_s": learnt / spent, "filled": rows[mode].efficiency}), flush=True)
 """
 THEIRS = """
 import torch, transformers
@@ -97,33 +132,68 @@ def ask(side: subprocess.Popen) -> dict:
     return json.loads(side.stdout.readline())
 
 
+def beside_torch(args: argparse.Namespace) -> dict:
+    """Full steps of both sides, turn by turn."""
+    given = (args.source, args.batch, args.length, steps := args.repeats + 2, args.remat)  # two steps to warm up
+    sides = [start(program, *given) for program in (OURS + STEPS, THEIRS)]
+    assert sides[0].stdout
+    parameters = json.loads(sides[0].stdout.readline())
+    runs = [[ask(side) for side in sides] for _ in range(steps)]
+    for side in sides:
+        side.wait()
+    gflops = float(subprocess.run([sys.executable, "-c", PEAK], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    tokens = args.batch * args.length
+    speed = [tokens / statistics.median(run["seconds"] for run in side[2:]) for side in zip(*runs, strict=True)]
+    return {
+        "tokens_per_s": speed,
+        "peak_gb": [max(run["peak"] for run in side) / 1e9 for side in zip(*runs, strict=True)],
+        "loss_differs": max(abs(a["loss"] - b["loss"]) for a, b in runs),
+        "product_gflops": gflops,
+        "share_of_products": [6 * parameters * v / 1e9 / gflops for v in speed],
+    }
+
+
+def packing(args: argparse.Namespace) -> dict:
+    """{mode: (tokens learnt per second, share of the rows that is filled)}."""
+    side = start(OURS + ROWS, args.source, args.batch, args.length, args.repeats + 2, args.remat)
+    assert side.stdout
+    found = [json.loads(line) for line in side.stdout]
+    of = lambda mode: [row for row in found if row["mode"] == mode]
+    speed = lambda mode: statistics.median(row["learnt_per_s"] for row in of(mode))
+    return {mode: (speed(mode), of(mode)[0]["filled"]) for mode in ("pack", "pad", "bucket")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a directory of safetensors")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--remat", default="dots", help="what jaxlm keeps for the backward pass: none, dots, full")
+    parser.add_argument("--only", choices=("steps", "packing"))
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    steps = args.repeats + 2  # two to compile and warm up
-    sides = [start(program, args.source, args.batch, args.length, steps) for program in (OURS, THEIRS)]
-    runs = [[ask(side) for side in sides] for _ in range(steps)]
-    for side in sides:
-        side.wait()
-    gflops = float(subprocess.run([sys.executable, "-c", PEAK], stdout=subprocess.PIPE, text=True, check=True).stdout)
-    differ = max(abs(a["loss"] - b["loss"]) for a, b in runs)
-    tokens = args.batch * args.length
-    speed = [tokens / statistics.median(run["seconds"] for run in side[2:]) for side in zip(*runs, strict=True)]
-    memory = [max(run["peak"] for run in side) / 1e9 for side in zip(*runs, strict=True)]
-    table = Table("", "jaxlm", "torch", "ratio", title=f"full step, batch {args.batch} x {args.length}")
-    table.add_row("tokens/s", *(f"{v:.1f}" for v in speed), f"{speed[0] / speed[1]:.2f}")
-    table.add_row("peak memory GB", *(f"{v:.2f}" for v in memory), f"{memory[0] / memory[1]:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(f"losses differ by at most {differ:.1e}; a large product reaches {gflops:.0f} GFLOP/s")
+    console, found = Console(), {}
+    if args.only != "packing":
+        step = found["step"] = beside_torch(args)
+        table = Table("", "jaxlm", "torch", "ratio", title=f"full step, batch {args.batch} x {args.length}")
+        for name, form in (("tokens_per_s", ".1f"), ("peak_gb", ".2f"), ("share_of_products", ".2f")):
+            ours, theirs = step[name]
+            table.add_row(name.replace("_", " "), f"{ours:{form}}", f"{theirs:{form}}", f"{ours / theirs:.2f}")
+        console.print(table)
+        console.print(
+            f"losses differ by at most {step['loss_differs']:.1e}; a large product reaches "
+            f"{step['product_gflops']:.0f} GFLOP/s"
+        )
+    if args.only != "steps":
+        rows = found["packing"] = packing(args)
+        table = Table("rows", "learnt/s", "filled", "of padded", title="tokens that are learnt")
+        for mode, (speed, filled) in rows.items():
+            table.add_row(mode, f"{speed:.1f}", f"{filled:.3f}", f"{speed / rows['pad'][0]:.2f}")
+        console.print(table)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"tokens_per_s": speed, "peak_gb": memory, "gflops": gflops, "loss_differs": differ}, file)
+            json.dump(found, file)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def main() -> None:
             str(step), f"{loss:.4f}", f"{other:.4f}" if other else "", f"{loss / other - 1:+.2%}" if other else ""
         )
     console.print(table)
-    console.print(jaxlm.load(args.out / "run/model").generate("The ", max_new_tokens=40, temperature=0))
+    written = jaxlm.load(args.out / "run/model").generate("The ", max_new_tokens=40, temperature=0)
+    console.print("it writes:", repr(written), highlight=False)
     if theirs and max(abs(a / b - 1) for (_, a), (_, b) in zip(ours, theirs, strict=True)) > 0.01:
         raise SystemExit("the curves part by more than 1 %")
 
