@@ -109,6 +109,18 @@ def pytest_make_collect_report():
     return report
 
 
+# A compiled program is mapped piece by piece, and Linux gives a process 65,530 maps: past them XLA ends with a
+# segmentation fault. What is dropped comes back from the compilation cache.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        sys.modules["jax"].clear_caches()
+
+
 # Real checkpoints, taken from the files of installed packages; the packages themselves are never imported.
 
 
