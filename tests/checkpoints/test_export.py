@@ -362,6 +362,7 @@ def run(code: str, directory: Path) -> subprocess.CompletedProcess:
     )
 
 
+HEEDED = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
 EXPORT = """
 def read(name):
     if name == "w2" and AT == "tensor": die()
@@ -409,7 +410,7 @@ def test_a_killed_export(old, at):
 def test_an_interrupted_terminal(old):
     """A real SIGINT while a tensor is written."""
     before = hashes(old)
-    code = 'AT, die = "tensor", lambda: os.kill(os.getpid(), signal.SIGINT)' + EXPORT
+    code = 'AT, die = "tensor", lambda: os.kill(os.getpid(), signal.SIGINT)\n' + HEEDED + EXPORT
     assert "KeyboardInterrupt" in run(code, old).stderr
     assert hashes(old) == before
     assert_no_leftovers(old.parent)
