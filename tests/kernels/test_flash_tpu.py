@@ -12,16 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlm.kernels import masks
 from jaxlm.kernels.attention import attention
 from jaxlm.kernels.call import call_of
-from jaxlm.kernels.flash_tpu import (
-    FIRST,
-    LAST,
-    MASKED,
-    Blocks,
-    choose_blocks,
-    flash_tpu,
-    flat_plan,
-    refuses_flash_tpu,
-)
+from jaxlm.kernels.flash_tpu import flash_tpu, refuses_flash_tpu
+from jaxlm.kernels.flash_tpu_fwd import FIRST, LAST, MASKED, Blocks, choose_blocks, flat_plan
 from tests.kernels.interpret import STRICT, run_strictly
 
 SMALL = Blocks(q=128, k=128, heads=2)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.kernels import sparse_tpu as module
+from jaxlm.kernels import sparse_tpu_kernels as module
 from jaxlm.kernels.bigbird import bigbird, random_blocks
 from jaxlm.kernels.block_table import BlockTable, multiplicity
 from jaxlm.kernels.call import call_of
 from jaxlm.kernels.masks import CAUSAL
-from jaxlm.kernels.sparse_tpu import Tiling, _lists, refuses_sparse_tpu, sparse_tpu
+from jaxlm.kernels.sparse_tpu import _lists, refuses_sparse_tpu, sparse_tpu
+from jaxlm.kernels.sparse_tpu_kernels import Tiling
 from tests.kernels.float64 import close, exact
 from tests.kernels.interpret import STRICT, run_strictly
 
@@ -153,7 +154,7 @@ def test_bigbird_visits_little(t, most):
     ("change", "reason"),
     [
         ({"platform": "gpu"}, "needs a TPU, the platform is 'gpu'"),
-        ({"mask": CAUSAL}, "runs block tables, not"),
+        ({"mask": CAUSAL}, "runs block tables and masks of whole blocks, not Band"),
         ({"given": {"bias", "q_pos", "sinks"}}, "has no bias, q_pos"),
         ({"dtype": jnp.float16}, "computes in bfloat16 or float32, got float16"),
         ({"block": 48}, "needs blocks of 32, 64 or a multiple of 128 up to 1024, got 48"),
