@@ -75,7 +75,7 @@ def shapes(width: int, heads: int = 8):
 
 
 def measure_forward(chip: str, width: int) -> dict:
-    from jaxlm.kernels.flash_tpu import choose_blocks
+    from jaxlm.kernels.flash_tpu_fwd import choose_blocks
     from jaxlm.kernels.masks import EVERYTHING
 
     (schedule,) = aot.schedule(forward, *shapes(width), chip=chip, kernel="flash_forward").values()

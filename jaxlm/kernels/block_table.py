@@ -6,6 +6,7 @@ listing adds to the softmax.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float, Int
+
+from jaxlm.kernels.masks import FULL, PARTIAL, Mask
+from jaxlm.kernels.plan import tile_kinds
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +62,23 @@ class BlockTable:
         full = np.zeros(self.blocks.shape[1], bool)
         full[list(self.full_rows)] = True
         return full
+
+
+@functools.lru_cache(maxsize=256)
+def table_of(mask: Mask, t: int, s: int) -> BlockTable | None:
+    """The same as a table, in numpy, of a mask made of BlockLayouts; None where it is not one of whole blocks."""
+    block = mask.table_block
+    if not block or t % block or s % block:
+        return None
+    kinds = tile_kinds(mask, t, s, block, block)
+    if (kinds == PARTIAL).any():
+        return None
+    full = (kinds == FULL).all(1)
+    rows = [np.flatnonzero(row) for row in np.where(full[:, None], 0, kinds)]
+    blocks = np.full((1, len(rows), max(1, *map(len, rows))), -1, np.int32)
+    for row, columns in zip(blocks[0], rows, strict=True):
+        row[: len(columns)] = columns
+    return BlockTable(blocks, block, tuple(np.flatnonzero(full).tolist()))
 
 
 def block_counts(table: BlockTable, key_blocks: int) -> Int[Array, "N QB KB"]:

@@ -20,9 +20,8 @@ from jaxtyping import Bool, Float, Int
 from jaxlm.kernels.attention import reference
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import Call, precision, visible
-from jaxlm.kernels.flash_tpu import shard
-from jaxlm.kernels.flash_tpu_bwd import LOG2E, NN, NT, round_up
 from jaxlm.kernels.masks import Mask
+from jaxlm.kernels.tpu import LOG2E, NN, NT, VMEM_BYTES, round_up, shard
 
 LOWEST = float(np.finfo(np.float32).min) / 2  # a finite running maximum keeps rows that see nothing at 0
 CACHE_ROWS = 4096  # of a block: keys times key heads
@@ -137,7 +136,7 @@ def _splits(static: _Static, q, k, v, seen):
 
     seen bool [B or 1, T, S]. Two parts where there is only one sequence: chips with two cores then use both.
     """
-    (b, t, n, h), (s, kh, dv) = q.shape, v.shape[1:]
+    (b, t, n, h), (s, kh) = q.shape, k.shape[1:3]
     rows = round_up(t * n, 16)
     # A block of all keys, or one whose rows are whole lanes.
     block = max(128, CACHE_ROWS // kh // 128 * 128)
@@ -152,24 +151,33 @@ def _splits(static: _Static, q, k, v, seen):
 
     # Joining keys and their heads outside of the kernel moves nothing if the heads fill whole tiles; else it would copy
     # the cache, and the kernel does it to a block in VMEM.
-    merged = kh == 1 or kh % 8 == 0
-    if merged:
+    if kh == 1 or kh % 8 == 0:
         k, v = (x.reshape(b, s * kh, x.shape[-1]) for x in (k, v))
+
+    q = jnp.pad(q.reshape(b, t * n, h), ((0, 0), (0, rows - t * n), (0, 0)))
+    out, lse = _call(static, (visited.reshape(-1), used, q, k, v, hidden), (n, kh, s), (block, count, splits))
+    return out[:, :, : t * n], lse[:, :, : t * n, 0]
+
+
+def _call(static: _Static, operands, sizes, cut):
+    """The kernel over a cache cut into `count` blocks of `block` keys and `splits` parts of blocks."""
+    (n, kh, s), (block, count, splits), (_, _, q, k, v, hidden) = sizes, cut, operands
+    (b, rows, h), dv, t = q.shape, v.shape[-1], hidden.shape[1]
 
     def at(b, split, j, visited, used):
         # Past the end the last block is named again, so that nothing is fetched.
         return visited[b * count + jnp.clip(j * splits + split, 0, jnp.maximum(used[b] - 1, 0))]
 
     def cache(width):
-        if merged:
+        if k.ndim == 3:  # keys and their heads joined
             return pl.BlockSpec((None, block * kh, width), lambda b, *i: (b, at(b, *i), 0))
         return pl.BlockSpec((None, block, kh, width), lambda b, *i: (b, at(b, *i), 0, 0))
 
     part = lambda width: pl.BlockSpec((None, None, rows, width), lambda b, split, *_: (b, split, 0, 0))
-    kernel = functools.partial(_kernel, static=static, sizes=(n, kh, s), splits=splits)
+    scratch = lambda width: pltpu.VMEM((rows, width), jnp.float32)
     moved = 2 * b * t * n * (h + dv) * 4 + b * s * kh * (h + dv) * k.dtype.itemsize + b * t * s * kh * 4
-    out, lse = pl.pallas_call(
-        kernel,
+    return pl.pallas_call(
+        functools.partial(_kernel, static=static, sizes=sizes, splits=splits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, splits, -(-count // splits)),
@@ -180,34 +188,18 @@ def _splits(static: _Static, q, k, v, seen):
                 pl.BlockSpec((None, t, block * kh), lambda b, *i: (b, 0, at(b, *i))),
             ],
             out_specs=[part(dv), part(128)],
-            scratch_shapes=[
-                pltpu.VMEM((rows, block * kh), jnp.float32),
-                pltpu.VMEM((rows, 128), jnp.float32),
-                pltpu.VMEM((rows, 128), jnp.float32),
-                pltpu.VMEM((rows, dv), jnp.float32),
-            ],
+            scratch_shapes=[scratch(block * kh), scratch(128), scratch(128), scratch(dv)],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((b, splits, rows, dv), jnp.float32),
-            jax.ShapeDtypeStruct((b, splits, rows, 128), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct((b, splits, rows, width), jnp.float32) for width in (dv, 128)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=16 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * b * rows * s * kh * (h + dv), transcendentals=b * rows * s * kh, bytes_accessed=moved
         ),
         interpret=static.interpret,
         name="decode",
-    )(
-        visited.reshape(-1),
-        used,
-        jnp.pad(q.reshape(b, t * n, h), ((0, 0), (0, rows - t * n), (0, 0))),
-        k,
-        v,
-        hidden,
-    )
-    return out[:, :, : t * n], lse[:, :, : t * n, 0]
+    )(*operands)
 
 
 def _repeated(seen, times):

@@ -22,11 +22,7 @@ from jaxtyping import Bool, Float, Int
 from jaxlm.kernels.call import precision
 from jaxlm.kernels.masks import FULL, PARTIAL, SKIP, Mask
 from jaxlm.kernels.plan import tile_kinds
-
-LOG2E = math.log2(math.e)
-HIDDEN = -(2**31)  # the segment of keys that nobody sees
-# Which axes a product sums over.
-NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+from jaxlm.kernels.tpu import LOG2E, NN, NT, TN, VMEM_BYTES, heads_first, lane_rows, round_up, segment_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +92,6 @@ def backward(
 # Tiles to choose from, and the bundles of one on a v6e per 2048 x 2048 of visited work.
 TILES = {(512, 512): 23552, (1024, 512): 21568}
 CHUNK_BYTES = 12 * 2**20  # of VMEM for a chunk of keys; the rest of VMEM_BYTES is for queries and spilled registers
-VMEM_BYTES = 16 * 2**20  # the whole of the smallest chip's
 
 
 @functools.lru_cache(maxsize=256)
@@ -303,29 +298,3 @@ def _seen(operands, keys, q0, k0, mask, s, shape):
         same = operands["q_segments"][...] == operands["k_segments"][keys, :]
         seen = same if seen is None else seen & same
     return seen
-
-
-def segment_arrays(q_segments, k_segments, k_valid, sizes, padded):
-    """Segments as a row of queries [B, 1, T] and a column of keys [B, S, 1]; keys that are not valid are HIDDEN."""
-    (b, t, s), (tq, ts) = sizes, padded
-    q_segments = jnp.zeros((b, t), jnp.int32) if q_segments is None else q_segments
-    k_segments = jnp.zeros((b, s), jnp.int32) if k_segments is None else k_segments
-    k_segments = k_segments if k_valid is None else jnp.where(k_valid, k_segments, HIDDEN)
-    row = jnp.pad(jnp.broadcast_to(q_segments, (b, t)), ((0, 0), (0, tq - t)))
-    column = jnp.pad(jnp.broadcast_to(k_segments, (b, s)), ((0, 0), (0, ts - s)), constant_values=HIDDEN)
-    return {"q_segments": row[:, None].astype(jnp.int32), "k_segments": column[:, :, None].astype(jnp.int32)}
-
-
-def heads_first(x, length):
-    """BTNH to BNTH, zeros up to the length."""
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
-
-
-def lane_rows(x, length, fill):
-    """[B, T, N] to [B, N, 1, T]: a row of lanes."""
-    padded = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)), constant_values=fill)
-    return padded.swapaxes(1, 2)[:, :, None].astype(jnp.float32)
-
-
-def round_up(x: int, step: int) -> int:
-    return -(-x // step) * step

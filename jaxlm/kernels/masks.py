@@ -8,6 +8,7 @@ combination, and it never looks at an element.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -27,9 +28,9 @@ class Mask:
         raise NotImplementedError
 
     @property
-    def has_table(self) -> bool:
-        """Whether the predicate looks up a table, an array that a Pallas kernel body cannot capture."""
-        return False
+    def table_block(self) -> int:
+        """The block of the tables that the predicate looks up, which a Pallas kernel cannot capture; 0 for none."""
+        return 0
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
@@ -53,8 +54,8 @@ class And(Mask):
         return np.minimum(self.a.tile(q0, q1, k0, k1), self.b.tile(q0, q1, k0, k1))
 
     @property
-    def has_table(self):
-        return self.a.has_table or self.b.has_table
+    def table_block(self):
+        return math.gcd(self.a.table_block, self.b.table_block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Or(Mask):
         return np.maximum(self.a.tile(q0, q1, k0, k1), self.b.tile(q0, q1, k0, k1))
 
     @property
-    def has_table(self):
-        return self.a.has_table or self.b.has_table
+    def table_block(self):
+        return math.gcd(self.a.table_block, self.b.table_block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Not(Mask):
         return FULL - self.a.tile(q0, q1, k0, k1)
 
     @property
-    def has_table(self):
-        return self.a.has_table
+    def table_block(self):
+        return self.a.table_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +221,8 @@ class BlockLayout(Mask):
         return _kind(skip=seen == 0, full=seen == (i1 - i0) * (j1 - j0))
 
     @property
-    def has_table(self):
-        return True
+    def table_block(self):
+        return self.block
 
     @functools.cached_property
     def _table(self) -> np.ndarray:

@@ -1,12 +1,5 @@
-"""Attention over a BlockTable on TPU, forward and backward.
+"""Attention over a BlockTable on TPU: its entry, what it refuses, and its custom_vjp around the kernels."""
 
-Keys and values of a head stay in VMEM, so that a listed block costs a load and no transfer, and the gradients of keys
-and values are added where they belong. A tile of 128 queries visits the union of its rows' lists, `width` key blocks at
-a time; the logarithm of how often each of its rows lists a block joins the logits, -inf where it does not. Tiles are
-transposed, [keys, queries], as in the dense backward pass.
-"""
-
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,60 +12,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int
 
-from jaxlm.kernels.block_table import BlockTable, merge_rows
-from jaxlm.kernels.call import Call, precision
-from jaxlm.kernels.flash_tpu import shard
-from jaxlm.kernels.flash_tpu_bwd import LOG2E, NN, NT, TN, heads_first, lane_rows, round_up, segment_arrays
+from jaxlm.kernels.block_table import BlockTable, merge_rows, table_of
+from jaxlm.kernels.call import Call
+from jaxlm.kernels.masks import Mask
+from jaxlm.kernels.sparse_tpu_kernels import MOST_KEYS, Static, Tiling, backward_kernel, forward_kernel
+from jaxlm.kernels.tpu import LOG2E, heads_first, lane_rows, round_up, segment_arrays, shard
 
-LOWEST = float(np.finfo(np.float32).min) / 2  # a finite running maximum keeps rows that see nothing at 0
-MOST_KEYS = 1024  # of one pass over a tile
-TILES_A_STEP = 8
+SMEM_BYTES = 1000 * 2**10  # of the 1024 KB that chips have from v4 on
 FEATURES = {"q_segments", "k_segments", "k_valid", "softcap", "sinks"}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What the kernels are compiled for."""
-
-    block: int
-    scale: float
-    softcap: float | None
-    interpret: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a table of query blocks x slots is visited.
-
-    A tile has `group` query blocks; a pass over it takes `width` key blocks, of `entries` in its list; `together` tiles
-    run interleaved, `step` tiles in a step of the grid, `tiles` in all.
-    """
-
-    group: int
-    width: int
-    entries: int
-    together: int
-    step: int
-    tiles: int
-    likely: int  # key blocks that a tile visits, if half of what a row lists is new to the tile
-
-    @classmethod
-    def of(cls, block: int, query_blocks: int, key_blocks: int, slots: int) -> "Tiling":
-        group = max(1, 128 // block)
-        likely = min(slots + (group - 1) * slots // 2, key_blocks)
-        width = max(1, min(likely, MOST_KEYS // block))
-        tiles = -(-query_blocks // group)
-        together = 4 if tiles >= 4 else 2 if tiles >= 2 else 1  # a power of two
-        step = round_up(-(-tiles // -(-tiles // TILES_A_STEP)), together)
-        entries = round_up(min(group * slots, key_blocks), width)
-        return cls(group, width, entries, together, step, round_up(tiles, step), round_up(likely, width))
 
 
 def sparse_tpu(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Dv"],
-    mask: BlockTable,
+    mask: BlockTable | Mask,
     *,
     scale: float,
     return_lse: bool = False,
@@ -85,9 +39,12 @@ def sparse_tpu(
 ) -> Float[Array, "B T N Dv"] | tuple[Float[Array, "B T N Dv"], Float[Array, "B T N"]]:
     """Attention in which query blocks see the key blocks that the table lists, each as often as it is listed.
 
-    Rows of `full_rows` are a second call, whose table lists every block.
+    Rows of `full_rows` are a second call, whose table lists every block. A mask of whole blocks is made a table.
     """
-    mask.validate(q.shape[1], k.shape[1], q.shape[2])
+    table = mask if isinstance(mask, BlockTable) else table_of(mask, q.shape[1], k.shape[1])
+    if table is None:
+        raise ValueError(f"{mask} is not one of whole blocks of {q.shape[1]} queries and {k.shape[1]} keys")
+    table.validate(q.shape[1], k.shape[1], q.shape[2])
     arrays = {"q": q, "k": k, "v": v}
     if q_segments is not None or k_valid is not None:
         sizes = (q.shape[0], q.shape[1], k.shape[1])
@@ -95,13 +52,13 @@ def sparse_tpu(
         arrays |= {"queries": row_and_column["q_segments"][:, 0], "keys": row_and_column["k_segments"][:, :, 0]}
     if sinks is not None:
         arrays["sinks"] = sinks
-    static = _Static(mask.block, scale, softcap, interpret)
-    full = np.flatnonzero(mask.full())
-    blocks = mask.blocks.at[:, full].set(-1) if len(full) else mask.blocks
+    static = Static(table.block, scale, softcap, interpret)
+    full, blocks = np.flatnonzero(table.full()), jnp.asarray(table.blocks)
+    blocks = blocks.at[:, full].set(-1) if len(full) else blocks
     both: Any = _attend(static, arrays | {"blocks": blocks})
     if len(full):
-        tokens = (full[:, None] * mask.block + np.arange(mask.block)).ravel()
-        every = jnp.arange(k.shape[1] // mask.block, dtype=jnp.int32)
+        tokens = (full[:, None] * table.block + np.arange(table.block)).ravel()
+        every = jnp.arange(k.shape[1] // table.block, dtype=jnp.int32)
         every = jnp.broadcast_to(every, (1, len(full), len(every)))
         some = {name: arrays[name][:, tokens] for name in ("q", "queries") if name in arrays}
         rows: Any = _attend(static, arrays | some | {"blocks": every})
@@ -113,19 +70,32 @@ def refuses_sparse_tpu(call: Call) -> str | None:
     """Why this cannot run the call, or None."""
     if call.platform != "tpu":
         return f"needs a TPU, the platform is {call.platform!r}"
-    if not isinstance(call.mask, BlockTable):
-        return f"runs block tables, not {call.mask}"
+    (t, s), table = (call.q.shape[1], call.k.shape[1]), call.mask
+    if not isinstance(table, BlockTable):
+        table = table_of(table, t, s)
+    if table is None:
+        return f"runs block tables and masks of whole blocks, not {call.mask} of {t} queries and {s} keys"
     if missing := call.given - FEATURES:
         return f"has no {', '.join(sorted(missing))}"
     if call.q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"computes in bfloat16 or float32, got {call.q.dtype}"
-    block = call.mask.block
+    block = table.block
     if (block % 128 and block not in (32, 64)) or block > MOST_KEYS:
         return f"needs blocks of 32, 64 or a multiple of 128 up to {MOST_KEYS}, got {block}"
     need, have = vmem_bytes(call.k, call.v, call.given), _vmem()
     if need > have:
         return f"keeps {call.k.shape[1]} keys and their gradients in VMEM: {need / 2**20:.0f} MB of {have / 2**20:.0f}"
+    if (need := smem_bytes(table, t, s)) > SMEM_BYTES:
+        return f"keeps the lists of a head in scalar memory: {need / 2**10:.0f} KB of {SMEM_BYTES / 2**10:.0f}"
     return None
+
+
+def smem_bytes(table: BlockTable, t: int, s: int) -> int:
+    """Scalar memory for the lists of one head and those of the next, of the larger of both calls."""
+    rows, columns, full = t // table.block, s // table.block, int(table.full().sum())
+    tilings = [Tiling.of(table.block, rows, columns, table.blocks.shape[2])]
+    tilings += [Tiling.of(table.block, full, columns, columns)] if full else []
+    return max(8 * x.tiles * (1 + x.entries + x.entries * x.group) for x in tilings)
 
 
 def vmem_bytes(k, v, given=frozenset()) -> int:
@@ -143,7 +113,7 @@ def _vmem() -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, arrays: dict[str, Array]) -> tuple[Array, Array]:
+def _attend(static: Static, arrays: dict[str, Array]) -> tuple[Array, Array]:
     """out and the log-sum-exp of q, k, v under `blocks` and, where given, segments (queries, keys) and sinks."""
     return shard(functools.partial(_forward, static), arrays, ("q", "lse"), by_head=("blocks",))
 
@@ -188,7 +158,7 @@ def _lists(blocks, tiling: Tiling, block: int, key_blocks: int):
     return scalars.reshape(heads, 1, -1), jnp.log2(counts.astype(jnp.float32)).reshape(heads, 1, -1)
 
 
-def _forward(static: _Static, arrays, batch_axes=()):
+def _forward(static: Static, arrays, batch_axes=()):
     """out and the log-sum-exp, BTND and BTN."""
     (b, t, n, _), dv = arrays["q"].shape, arrays["v"].shape[-1]
     tiling, operands = _operands(static, arrays)
@@ -199,11 +169,11 @@ def _forward(static: _Static, arrays, batch_axes=()):
         "out": jax.ShapeDtypeStruct((b, n, length, dv), arrays["q"].dtype),
         "lse": jax.ShapeDtypeStruct((b, n, 1, length), jnp.float32),
     }
-    out, lse = _call(_forward_kernel, "sparse_forward", static, tiling, operands, shapes, products=(1, 1))
+    out, lse = _call(forward_kernel, "sparse_forward", static, tiling, operands, shapes, products=(1, 1))
     return out[:, :, :t].swapaxes(1, 2), lse[:, :, 0, :t].swapaxes(1, 2)
 
 
-def _backward(static: _Static, arrays, batch_axes=()):
+def _backward(static: Static, arrays, batch_axes=()):
     """dq, dk and dv."""
     q, k, v = (arrays[name] for name in "qkv")
     (b, t, n, h), (s, kh, dv) = q.shape, v.shape[1:]
@@ -219,12 +189,12 @@ def _backward(static: _Static, arrays, batch_axes=()):
         "dk": jax.ShapeDtypeStruct((b, kh, s, h), jnp.float32),
         "dv": jax.ShapeDtypeStruct((b, kh, s, dv), jnp.float32),
     }
-    dq, dk, dv = _call(_backward_kernel, "sparse_backward", static, tiling, operands, shapes, products=(3, 2))
+    dq, dk, dv = _call(backward_kernel, "sparse_backward", static, tiling, operands, shapes, products=(3, 2))
     dk = (dk * static.scale).astype(k.dtype)
     return dq[:, :, :t].swapaxes(1, 2), dk.swapaxes(1, 2), dv.astype(v.dtype).swapaxes(1, 2)
 
 
-def _operands(static: _Static, arrays):
+def _operands(static: Static, arrays):
     q, k, v, blocks = (arrays[name] for name in ("q", "k", "v", "blocks"))
     s, block = k.shape[1], static.block
     tiling = Tiling.of(block, blocks.shape[1], s // block, blocks.shape[2])
@@ -239,7 +209,7 @@ def _operands(static: _Static, arrays):
     return tiling, operands
 
 
-def _call(kernel, name, static: _Static, tiling: Tiling, operands, shapes, *, products):
+def _call(kernel, name, static: Static, tiling: Tiling, operands, shapes, *, products):
     """The kernel over a grid of batch, key heads, query heads of one key head, and steps of tiles.
 
     products counts the matrix products of a tile whose third axis is H, and those where it is Dv.
@@ -287,135 +257,3 @@ def _call(kernel, name, static: _Static, tiling: Tiling, operands, shapes, *, pr
         interpret=static.interpret,
         name=name,
     )(*operands.values())
-
-
-def _forward_kernel(*refs, names, static: _Static, tiling: Tiling):
-    """A step of tiles: out and their log-sum-exp."""
-    x = dict(zip(names, refs, strict=True))
-    dv, first = x["v"].shape[1], pl.program_id(3) * tiling.step
-
-    def together(at, _):
-        tiles = [_Tile(x, static, tiling, first, at * tiling.together + i) for i in range(tiling.together)]
-        top = jnp.full((1, tiles[0].rows), LOWEST if "sinks" not in x else x["sinks"][0, 0], jnp.float32)
-        total = jnp.full_like(top, 0 if "sinks" not in x else 1)
-        states = [(top, total, jnp.zeros((dv, tile.rows), jnp.float32)) for tile in tiles]
-        states = _passes(tiles, _forward_pass, states)
-        for tile, (top, total, out) in zip(tiles, states, strict=True):
-            total_or_1 = jnp.where(total == 0, 1, total)
-            x["out"][tile.at, :] = (out / total_or_1).T.astype(x["out"].dtype)
-            x["lse"][:, tile.at] = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total_or_1)) / LOG2E)
-
-    jax.lax.fori_loop(0, tiling.step // tiling.together, together, None)
-
-
-def _forward_pass(tiles: list["_Tile"], number, states):
-    """Adds `width` key blocks to each running maximum, sum and output, the latter transposed [Dv, rows].
-
-    Step by step over the tiles: while one waits for the matrix unit the others compute.
-    """
-    seen = [tile.logits(number) for tile in tiles]
-    tops = [jnp.maximum(top, x[0].max(0, keepdims=True)) for x, (top, _, _) in zip(seen, states, strict=True)]
-    weights = [jnp.exp2(x[0] - top) for x, top in zip(seen, tops, strict=True)]
-    kept = [jnp.exp2(old - top) for (old, _, _), top in zip(states, tops, strict=True)]
-    new = []
-    for i, (tile, (_, total, out)) in enumerate(zip(tiles, states, strict=True)):
-        v, p = seen[i][2][1], weights[i]
-        out = out * kept[i] + tile.dot(v, p.astype(v.dtype), TN)
-        new.append((tops[i], total * kept[i] + p.sum(0, keepdims=True), out))
-    return new
-
-
-def _backward_kernel(*refs, names, static: _Static, tiling: Tiling):
-    """A step of tiles: their dq, and what they add to dk and dv."""
-    x = dict(zip(names, refs, strict=True))
-    first, pair = pl.program_id(3) * tiling.step, min(2, tiling.together)
-
-    @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
-    def _():
-        x["dk"][...] = jnp.zeros_like(x["dk"])
-        x["dv"][...] = jnp.zeros_like(x["dv"])
-
-    def together(at, _):
-        tiles = [_Tile(x, static, tiling, first, at * pair + i) for i in range(pair)]
-        sums = _passes(tiles, _backward_pass, [jnp.zeros(tile.q.shape, jnp.float32) for tile in tiles])
-        for tile, dq in zip(tiles, sums, strict=True):
-            x["dq"][tile.at, :] = (dq * static.scale).astype(x["dq"].dtype)
-
-    jax.lax.fori_loop(0, tiling.step // pair, together, None)
-
-
-def _backward_pass(tiles: list["_Tile"], number, sums):
-    """Adds the gradients of `width` key blocks: step by step over the tiles, as the forward pass."""
-    seen, x = [tile.logits(number) for tile in tiles], tiles[0].x
-    p = [jnp.exp2(s[0] - x["lse"][:, tile.at]) for tile, s in zip(tiles, seen, strict=True)]
-    ds = [_logit_gradients(*each) for each in zip(tiles, seen, p, strict=True)]
-    new = []
-    for tile, (_, _, (k, _, slices)), dlogits, weights, dq in zip(tiles, seen, ds, p, sums, strict=True):
-        do, block = x["do"][tile.at, :], tile.static.block
-        dk, dv = tile.dot(dlogits, tile.q, NN), tile.dot(weights.astype(do.dtype), do, NN)
-        for i, keys in enumerate(slices):
-            x["dk"][keys, :] += dk[i * block : (i + 1) * block]
-            x["dv"][keys, :] += dv[i * block : (i + 1) * block]
-        new.append(dq + tile.dot(dlogits, k, TN))
-    return new
-
-
-def _logit_gradients(tile: "_Tile", seen, p):
-    _, squashed, (k, v, _) = seen
-    ds = p * (tile.dot(v, tile.x["do"][tile.at, :], NT) - tile.x["shift"][:, tile.at])
-    return (ds if squashed is None else ds * (1 - squashed * squashed)).astype(k.dtype)
-
-
-def _passes(tiles: list["_Tile"], one, states):
-    """The passes over tiles that run interleaved: the first without a loop, since most lists need no other."""
-    states, tiling = one(tiles, 0, states), tiles[0].tiling
-    if tiling.entries == tiling.width:
-        return states
-    most = functools.reduce(jnp.maximum, [tile.passes for tile in tiles])
-    return jax.lax.fori_loop(1, most, functools.partial(one, tiles), states)
-
-
-class _Tile:
-    """Some query blocks of one head, in a kernel."""
-
-    def __init__(self, x, static: _Static, tiling: Tiling, first, local):
-        self.x, self.static, self.tiling = x, static, tiling
-        self.rows = tiling.group * static.block
-        self.at = pl.ds(pl.multiple_of(local * self.rows, self.rows), self.rows)
-        self.q = x["q"][self.at, :]
-        tile = first + local
-        self.list_start, self.log_start = tile * (1 + tiling.entries), tile * tiling.entries * tiling.group
-        self.passes = x["lists"][0, self.list_start]
-        self.dot = functools.partial(
-            jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(self.q.dtype)
-        )
-
-    def logits(self, number):
-        """Of one pass: logits in base 2 [keys, rows], softcap's tanh or None, and keys, values and where they lie."""
-        static, width, block = self.static, self.tiling.width, self.static.block
-        first = number * width
-        columns = [self.x["lists"][0, self.list_start + 1 + first + i] for i in range(width)]
-        slices = [pl.ds(pl.multiple_of(column * block, block), block) for column in columns]
-        k, v = (jnp.concatenate([self.x[name][keys, :] for keys in slices], 0) for name in "kv")
-        products, squashed = self.dot(k, self.q, NT), None
-        if static.softcap is None:
-            logits = products * (static.scale * LOG2E)
-        else:
-            squashed = jnp.tanh(products * (static.scale / static.softcap))
-            logits = squashed * (static.softcap * LOG2E)
-        parts = [logits[i * block : (i + 1) * block] + self._log_counts(first + i) for i in range(width)]
-        if "k_segments" in self.x:
-            segments = self.x["q_segments"][:, self.at]
-            same = [segments == self.x["k_segments"][keys, :] for keys in slices]
-            parts = [jnp.where(seen, part, -jnp.inf) for seen, part in zip(same, parts, strict=True)]
-        return jnp.concatenate(parts, 0), squashed, (k, v, slices)
-
-    def _log_counts(self, entry):
-        """log2 of how often each query lists the block of this entry, [1, rows]."""
-        group, block = self.tiling.group, self.static.block
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.rows), 1)
-        counts = [self.x["logs"][0, self.log_start + entry * group + i] for i in range(group)]
-        row = jnp.full((1, self.rows), counts[0], jnp.float32)
-        for i in range(1, group):
-            row = jnp.where(lane >= i * block, counts[i], row)
-        return row

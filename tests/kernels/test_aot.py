@@ -14,7 +14,7 @@ from jaxlm.kernels import masks
 from jaxlm.kernels.attention import attention
 from jaxlm.kernels.bigbird import bigbird, random_blocks
 from jaxlm.kernels.block_table import BlockTable
-from jaxlm.kernels.flash_tpu import choose_blocks, flat_plan
+from jaxlm.kernels.flash_tpu_fwd import choose_blocks, flat_plan
 from tests import aot
 from tests.conftest import NO_LIBTPU, ROOT
 from tests.kernels.looped import looped

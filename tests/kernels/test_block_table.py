@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.kernels.block_table import BlockTable, block_counts, merge_rows, multiplicity, visited_share
+from jaxlm.kernels.block_table import BlockTable, block_counts, merge_rows, multiplicity, table_of, visited_share
+from jaxlm.kernels.masks import CAUSAL, EVERYTHING, BlockLayout, KeysBefore, Mask, QueriesBefore, dense, window
 
 E = -1  # an empty slot
 
@@ -87,3 +88,37 @@ def test_a_traced_table_is_checked_by_shape():
         jax.jit(lambda it: it.validate(13, 12, 2))(table(SMALL))
     table(SMALL).validate(12, 12, 2)
     table(SMALL[:1]).validate(12, 12, 8)
+
+
+LAYOUT = BlockLayout(4, ((0,), (2, 5), (), (1, 3)))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        LAYOUT,
+        ~LAYOUT,
+        LAYOUT | KeysBefore(4) | QueriesBefore(8),
+        LAYOUT | BlockLayout(8, ((1,), (0, 1))),
+        LAYOUT | EVERYTHING,
+        BlockLayout(4, ()),
+    ],
+    ids=str,
+)
+def test_a_mask_of_whole_blocks_is_a_table(mask):
+    made = table_of(mask, 20, 24)
+    assert made is not None
+    made.validate(20, 24, 1)
+    np.testing.assert_array_equal(multiplicity(made, 20, 24)[0], dense(mask, 20, 24))
+
+
+def test_rows_that_see_everything_take_no_slots():
+    made = table_of(LAYOUT | QueriesBefore(8), 20, 24)
+    assert made is not None and made.full_rows == (0, 1) and made.blocks.shape == (1, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "t"), [(LAYOUT & CAUSAL, 20), (LAYOUT | KeysBefore(3), 20), (LAYOUT, 18), (window(4), 20)], ids=str
+)
+def test_other_masks_are_not(mask: Mask, t: int):
+    assert table_of(mask, t, 24) is None

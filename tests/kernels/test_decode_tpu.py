@@ -1,4 +1,4 @@
-"""Decoding on TPU against float64, in two interpret modes; which blocks it reads; what it refuses."""
+"""What the suite leaves out of decoding on TPU: races, which blocks it reads, what it refuses."""
 
 import jax
 import jax.numpy as jnp
@@ -7,41 +7,29 @@ import pytest
 
 from jaxlm.kernels import decode_tpu as module
 from jaxlm.kernels import masks
-from jaxlm.kernels.attention import attention
 from jaxlm.kernels.call import call_of, visible
 from jaxlm.kernels.decode_tpu import declines_decode_tpu, decode_tpu, refuses_decode_tpu
 from tests.kernels.float64 import close, exact
 from tests.kernels.interpret import STRICT, run_strictly
 
 RING = jnp.asarray(np.where(np.arange(640) < 500, (np.arange(640) + 200) % 640, -1)[None], jnp.int32)
+STRICTLY = ("ring buffer", "hidden keys, keys not whole blocks")
+# Beside those of the suite, which has no batch of one, whose blocks are split in two.
 CASES = {
     "all of it": (masks.EVERYTHING, {}, {}),
-    "two lengths": (masks.CAUSAL, {"b": 2}, {"q_pos": jnp.asarray([[100], [550]])}),
-    "window, softcap, sinks, three tokens": (
-        masks.window(150),
-        {"t": 3, "n": 6},
-        {"q_pos": jnp.asarray([[400, 401, 402]]), "softcap": 2.0, "sinks": jnp.arange(6.0) - 2},
-    ),
     "ring buffer": (masks.window(300), {"b": 2, "t": 2}, {"q_pos": jnp.asarray([[450, 451]]), "k_pos": RING}),
     "hidden keys, keys not whole blocks": (masks.EVERYTHING, {"s": 600}, {"k_valid": jnp.arange(600)[None] > 300}),
-    "segments": (
-        masks.EVERYTHING,
-        {"t": 2},
-        {"q_segments": jnp.asarray([[1, 2]]), "k_segments": (jnp.arange(640)[None] // 250)},
-    ),
-    "nothing": (masks.CAUSAL, {}, {"q_pos": jnp.asarray([[-3]])}),
-    "one key head": (masks.CAUSAL, {"kh": 1, "h": 72, "dv": 128}, {"q_pos": jnp.asarray([[600]])}),
     "eight key heads": (masks.CAUSAL, {"n": 8, "kh": 8}, {"q_pos": jnp.asarray([[600]])}),
 }
 
 
-def both(name, monkeypatch, interpret=True, dtype=jnp.float32):
+def both(name, monkeypatch, interpret=True):
     monkeypatch.setattr(module, "CACHE_ROWS", 256)  # blocks of 128 keys: several of them
     mask, shape, features = CASES[name]
     shape = {"b": 1, "t": 1, "s": 640, "n": 4, "kh": 2, "h": 64, "dv": 64} | shape
     b, t, s, n, kh = (shape[x] for x in ("b", "t", "s", "n", "kh"))
     rng = np.random.default_rng(0)
-    make = lambda *size: jnp.asarray(rng.standard_normal(size), dtype)
+    make = lambda *size: jnp.asarray(rng.standard_normal(size), jnp.float32)
     q, k, v = make(b, t, n, shape["h"]) * 2, make(b, s, kh, shape["h"]) * 2, make(b, s, kh, shape["dv"])
     hiding = {"q_pos": jnp.arange(t)[None], "k_pos": jnp.arange(s)[None]}
     hiding |= {x: y for x, y in features.items() if x not in ("softcap", "sinks")}
@@ -50,7 +38,7 @@ def both(name, monkeypatch, interpret=True, dtype=jnp.float32):
     return lambda: decode_tpu(q, k, v, mask, scale=0.1, return_lse=True, interpret=interpret, **features), want
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in STRICTLY])
 def test_values(name, monkeypatch):
     call, want = both(name, monkeypatch)
     out, lse = call()
@@ -58,19 +46,13 @@ def test_values(name, monkeypatch):
     close(lse, want.lse)
 
 
-def test_bfloat16(monkeypatch):
-    call, want = both("two lengths", monkeypatch, dtype=jnp.bfloat16)
-    out, _ = call()
-    assert out.dtype == jnp.bfloat16
-    close(out, want.out, 1e-2)
-
-
-@pytest.mark.parametrize("name", ["ring buffer", "hidden keys, keys not whole blocks"])
+@pytest.mark.parametrize("name", STRICTLY)
 def test_no_race_and_nothing_uninitialized(name, monkeypatch):
     call, want = both(name, monkeypatch, interpret=STRICT)
-    (out, _), race = run_strictly(call)
+    (out, lse), race = run_strictly(call)
     assert not race
     close(out, want.out)
+    close(lse, want.lse)
 
 
 def test_blocks_that_nobody_sees_are_not_read(monkeypatch):
@@ -85,23 +67,6 @@ def test_blocks_that_nobody_sees_are_not_read(monkeypatch):
     hide = lambda x: jnp.where(unread[:, :, None, None], jnp.nan, x)
     run = lambda k, v: decode_tpu(q, k, v, masks.window(100), scale=0.1, q_pos=position, interpret=True)
     np.testing.assert_array_equal(run(hide(k), hide(v)), run(k, v))
-
-
-def test_gradient_is_the_references(monkeypatch):
-    monkeypatch.setattr(module, "CACHE_ROWS", 256)
-    make = lambda *size: jnp.asarray(np.random.default_rng(0).standard_normal(size), jnp.float32)
-    q, k, sinks = make(1, 2, 4, 64), make(1, 300, 2, 64), make(4)
-    position = jnp.asarray([[200, 201]])
-
-    def loss(q, k, sinks, **how):
-        run = decode_tpu if how else attention
-        how = how or {"impl": "reference"}
-        out = run(q, k, k, masks.CAUSAL, scale=0.1, q_pos=position, sinks=sinks, softcap=3.0, **how)
-        return (out**2).sum()
-
-    grad = jax.grad(loss, argnums=(0, 1, 2))
-    for got, want in zip(grad(q, k, sinks, interpret=True), grad(q, k, sinks), strict=True):
-        close(got, np.asarray(want, np.float64))
 
 
 def test_splits_over_the_mesh(monkeypatch):

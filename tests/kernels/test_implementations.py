@@ -13,7 +13,8 @@ from jaxlm.kernels.attention import IMPLS, attention, reference
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import call_of, dropout_seed, kept
 from jaxlm.kernels.masks import CAUSAL, EVERYTHING, Band, window
-from tests.kernels.suite import CASES, IMPLEMENTATIONS, Table, check
+from tests.kernels.cases import CASES, Table
+from tests.kernels.suite import IMPLEMENTATIONS, check
 
 PORTABLE = {"decode", "xla", "reference"}
 

@@ -148,8 +148,10 @@ def test_aligned_tiles_of_a_layout_need_no_predicate():
 
 
 def test_masks_say_whether_they_look_up_a_table():
-    assert (LAYOUT | CAUSAL).has_table and (~LAYOUT).has_table and (CAUSAL & LAYOUT).has_table
-    assert not longformer(6, 2).has_table and not (~CAUSAL).has_table
+    block = LAYOUT.block
+    assert (LAYOUT | CAUSAL).table_block == (~LAYOUT).table_block == (CAUSAL & LAYOUT).table_block == block
+    assert (LAYOUT & BlockLayout(3 * block, ((0,),))).table_block == block
+    assert longformer(6, 2).table_block == (~CAUSAL).table_block == 0
 
 
 def test_masks_are_static_arguments():

@@ -1,4 +1,4 @@
-"""Block tables on TPU against float64, in two interpret modes; the work they do; what they refuse."""
+"""What the suite leaves out of block tables on TPU: tilings, races, the work they do, what they refuse."""
 
 import functools
 
@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.kernels import sparse_tpu as module
+from jaxlm.kernels import sparse_tpu_kernels as module
 from jaxlm.kernels.bigbird import bigbird, random_blocks
 from jaxlm.kernels.block_table import BlockTable, multiplicity
 from jaxlm.kernels.call import call_of
-from jaxlm.kernels.masks import CAUSAL
-from jaxlm.kernels.sparse_tpu import Tiling, _lists, refuses_sparse_tpu, sparse_tpu
+from jaxlm.kernels.masks import CAUSAL, BlockLayout
+from jaxlm.kernels.sparse_tpu import _lists, refuses_sparse_tpu, sparse_tpu
+from jaxlm.kernels.sparse_tpu_kernels import Tiling
 from tests.kernels.float64 import close, exact
 from tests.kernels.interpret import STRICT, run_strictly
 
@@ -24,19 +25,11 @@ def drawn(heads, rows, slots, key_blocks, block, full_rows=(), seed=0):
     return BlockTable(jnp.asarray(blocks, jnp.int32), block, full_rows)
 
 
+STRICTLY = "segments, full row, odd rows"
+# Beside those of the suite.
 CASES = {
-    "bigbird, evaluation": (bigbird(1536, block=128), {"b": 1, "n": 2}, {}),
-    "bigbird, random": (bigbird(1024, random_blocks(1024, heads=4, seed=0)), {}, {}),
-    "softcap, sinks, hidden keys": (
-        drawn(4, 6, 4, 6, 64),
-        {"b": 1},
-        {"softcap": 3.0, "sinks": jnp.asarray([1.0, 0, -1, 2]), "k_valid": jnp.arange(384)[None] % 5 > 0},
-    ),
-    "segments, full row, odd rows": (
-        drawn(4, 5, 7, 5, 64, (1,)),
-        {},
-        {"q_segments": SEGMENTS, "k_segments": SEGMENTS},
-    ),
+    STRICTLY: (drawn(4, 5, 7, 5, 64, (1,)), {}, {"q_segments": SEGMENTS, "k_segments": SEGMENTS}),
+    "bigbird, evaluation": (bigbird(1024, block=128), {"b": 1, "n": 2}, {}),
     "blocks of 128, more keys": (drawn(1, 2, 3, 3, 128), {"n": 2, "kh": 1, "s": 384, "h": 128, "dv": 72}, {}),
     "blocks of 32": (drawn(2, 12, 5, 12, 32), {"n": 2, "kh": 2}, {}),
     "several passes": (drawn(2, 3, 7, 24, 64), {"n": 2, "kh": 2, "b": 1, "s": 1536}, {}),
@@ -44,16 +37,16 @@ CASES = {
 }
 
 
-def both(name, interpret=True, dtype=jnp.float32):
+def both(name, interpret=True):
     table, shape, features = CASES[name]
     shape = {"b": 2, "n": 4, "kh": 2, "h": 64, "dv": 64} | shape
     b, n, kh = shape["b"], shape["n"], shape["kh"]
     t = table.blocks.shape[1] * table.block
     s = shape.get("s", t)
     rng = np.random.default_rng(0)
-    make = lambda *size: jnp.asarray(rng.standard_normal(size), dtype)
+    make = lambda *size: jnp.asarray(rng.standard_normal(size), jnp.float32)
     q, k, v = make(b, t, n, shape["h"]) * 2, make(b, s, kh, shape["h"]) * 2, make(b, s, kh, shape["dv"])
-    dout, dlse = make(b, t, n, shape["dv"]), make(b, t, n).astype(jnp.float32)
+    dout, dlse = make(b, t, n, shape["dv"]), make(b, t, n)
     counts = np.asarray(multiplicity(table, t, s))[None]
     if "q_segments" in features:
         same = features["q_segments"][:, :, None] == features["k_segments"][:, None, :]
@@ -68,20 +61,21 @@ def both(name, interpret=True, dtype=jnp.float32):
         given = features | ({} if sinks is None else {"sinks": sinks})
         return sparse_tpu(q, k, v, table, scale=0.1, return_lse=True, interpret=interpret, **given)
 
-    def call():
+    @jax.jit
+    def call(q, k, v, sinks):
         (out, lse), vjp = jax.vjp(run, q, k, v, sinks)
         return (out, lse, *vjp((dout, dlse)))
 
-    return call, want
+    return lambda: call(q, k, v, sinks), want
 
 
-def check(got, want, tolerance=1e-5):
+def check(got, want):
     for x, exactly in zip(got, (want.out, want.lse, want.dq, want.dk, want.dv, want.dsinks), strict=True):
         if x is not None:
-            close(x, exactly, tolerance)
+            close(x, exactly)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != STRICTLY])
 def test_values_and_gradients(name, monkeypatch):
     if name == "several passes":
         monkeypatch.setattr(module, "MOST_KEYS", 256)
@@ -89,13 +83,8 @@ def test_values_and_gradients(name, monkeypatch):
     check(call(), want)
 
 
-def test_bfloat16():
-    call, want = both("blocks of 128, more keys", dtype=jnp.bfloat16)
-    check(call(), want, 2e-2)
-
-
 def test_no_race_and_nothing_uninitialized():
-    call, want = both("segments, full row, odd rows", interpret=STRICT)
+    call, want = both(STRICTLY, interpret=STRICT)
     got, race = run_strictly(call)
     assert not race
     check(got, want)
@@ -153,10 +142,16 @@ def test_bigbird_visits_little(t, most):
     ("change", "reason"),
     [
         ({"platform": "gpu"}, "needs a TPU, the platform is 'gpu'"),
-        ({"mask": CAUSAL}, "runs block tables, not"),
+        ({"mask": CAUSAL}, "runs block tables and masks of whole blocks, not Band"),
         ({"given": {"bias", "q_pos", "sinks"}}, "has no bias, q_pos"),
         ({"dtype": jnp.float16}, "computes in bfloat16 or float32, got float16"),
         ({"block": 48}, "needs blocks of 32, 64 or a multiple of 128 up to 1024, got 48"),
+        ({"mask": BlockLayout(64, ((0,),)) & CAUSAL}, "runs block tables and masks of whole blocks, not And("),
+        ({"mask": BlockLayout(80, ((0,),))}, "of 384 queries and 384 keys"),
+        (
+            {"mask": BlockTable(jnp.zeros((1, 304, 304), jnp.int32), 64), "t": 19456},
+            "in scalar memory: 1084 KB of 1000",
+        ),
         ({"t": 1 << 20}, "keeps 1048576 keys and their gradients in VMEM: 1544 MB of"),
     ],
 )
