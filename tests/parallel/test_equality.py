@@ -96,6 +96,12 @@ TABLE = [
     ("dense", "sequence=8", Runtime(attention="ring")),
     ("dense", "sequence=2,fsdp=2,tensor=2", Runtime(remat="full")),  # the ring is the choice
     ("dense", "sequence=2,fsdp=2,tensor=2", EXCHANGE),
+    ("moe", "fsdp=4,tensor=2", Runtime()),
+    ("moe", "expert=4", Runtime()),
+    ("moe", "expert=2,tensor=2,fsdp=2", Runtime()),
+    ("moe", "expert=2,sequence=2,data=2", Runtime()),
+    ("moe", "expert=2,tensor=2,fsdp=2", Runtime(expert_capacity=9.0)),  # room for all
+    ("moe", "expert=8", Runtime()),  # 4 experts stay whole
 ]
 
 
