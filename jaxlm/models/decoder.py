@@ -6,6 +6,7 @@ structure), final_norm/scale, and head/w when the head is not tied to the embedd
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -41,13 +42,15 @@ class Runtime:
     """How to run, as opposed to what: static, hashable. dtype is that of activations, None for the embedding's.
 
     expert_capacity: rows that an expert takes, as a multiple of an even share; what does not fit is dropped, counted in
-    aux["router_dropped"]. None drops nothing (models/dispatch.py).
+    aux["router_dropped"]. None drops nothing (models/dispatch.py). layers: what runs them in place of stack.run; a
+    hashable, such as parallel/pipeline.py has.
     """
 
     dtype: str | None = None
     attention: str | None = None  # an implementation's name, None to choose
     remat: str = "none"  # none; full: keep only each layer's input; dots: keep the products
     expert_capacity: float | None = None
+    layers: Callable | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -169,7 +172,10 @@ def trunk(
     if unknown := set(taps) - set(TAPS):
         raise ValueError(f"unknown taps {sorted(unknown)}; there are {TAPS}")
 
-    def block(kind: Kind, p: Params, x: Array, state: State | None, depth):
+    if taps and runtime.layers is not None:
+        raise ValueError(f"taps={taps} are not returned from a pipeline: its devices see other layers' streams pass by")
+
+    def block(kind: Kind, p: Params, x: Array, state: State | None, depth, tokens: Tokens, rng):
         own = {}
         if adapters is not None:
             p, own = p["params"], adapting.of_layer(p["adapters"], rng, depth)
@@ -180,7 +186,8 @@ def trunk(
     stacks = _stacks(config, params)
     if adapters is not None:
         stacks = adapting.beside(stacks, _stacks(config, {"layers": adapters.get("layers", {})}))
-    x, cache, extras = stack.run(block, layers(config), stacks, x, cache, remat=REMAT[runtime.remat])
+    run, given = runtime.layers or stack.run, (tokens, rng)
+    x, cache, extras = run(block, layers(config), stacks, x, cache, given=given, remat=REMAT[runtime.remat])
     x = x if prompt is None else x[:, room:]
     aux = {}
     if "residual" in taps:

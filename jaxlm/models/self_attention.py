@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,6 +18,7 @@ from jaxlm.parallel.sharding import constrain
 State = dict[str, Array]
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """What every layer knows of the tokens of this call; None where the default holds."""
@@ -26,6 +28,15 @@ class Tokens:
     valid: Array | None = None  # [B, T] bool
     tables: dict = dataclasses.field(default_factory=dict)  # Rope -> (cos, sin)
     shared: int | None = None  # with segments: how many of the first keys, virtual tokens, belong to all of them
+
+    def tree_flatten(self):
+        arrays = self.positions, self.segments, self.valid, tuple(self.tables.values())
+        return arrays, (tuple(self.tables), self.shared)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        (ropes, shared), (*lines, tables) = static, arrays
+        return cls(*lines, dict(zip(ropes, tables, strict=True)), shared)
 
 
 class SelfAttention(nn.Module):

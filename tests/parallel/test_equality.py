@@ -14,6 +14,7 @@ from jaxlm.models import decoder
 from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import family
 from jaxlm.parallel.mesh import make_mesh, parse_preset
+from jaxlm.parallel.pipeline import Pipeline
 from jaxlm.parallel.sharding import shardings
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.placement import place_batch
@@ -85,6 +86,7 @@ def assert_equal(got, want, tolerance: float = 1e-5):
     assert worst[0] < tolerance, worst
 
 
+PIPELINE = Runtime(layers=Pipeline())
 EXCHANGE = Runtime(attention="all_to_all")
 TABLE = [
     ("dense", "data=8", Runtime()),
@@ -102,9 +104,14 @@ TABLE = [
     ("moe", "expert=2,sequence=2,data=2", Runtime()),
     ("moe", "expert=2,tensor=2,fsdp=2", Runtime(expert_capacity=9.0)),  # room for all
     ("moe", "expert=8", Runtime()),  # 4 experts stay whole
+    ("dense", "pipe=2", PIPELINE),
+    ("dense", "pipe=4,fsdp=2", Runtime(layers=Pipeline(4), remat="full")),
+    ("dense", "pipe=2,tensor=2,fsdp=2", PIPELINE),
+    ("dense", "pipe=2,sequence=2,data=2", PIPELINE),
+    ("moe", "pipe=2,expert=2,fsdp=2", PIPELINE),
 ]
 
 
-@pytest.mark.parametrize(("name", "preset", "runtime"), TABLE, ids=lambda x: getattr(x, "attention", x))
+@pytest.mark.parametrize(("name", "preset", "runtime"), TABLE, ids=lambda x: x if isinstance(x, str) else "")
 def test_equals_one_device(name, preset, runtime):
     assert_equal(loss_and_gradients(name, preset, runtime), alone(name))
