@@ -6,6 +6,7 @@ structure), final_norm/scale, and head/w when the head is not tied to the embedd
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from jaxlm.models.mlp import Mlp
 from jaxlm.models.moe import Moe, load_balancing_loss
 from jaxlm.models.rope import table
 from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_state, write
+from jaxlm.parallel.sharding import constrain
 
 Params = dict[str, Any]
 Cache = dict[str, Any]  # {state: State, its arrays stacked, or a tuple of them}
@@ -37,15 +39,24 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """How to run, as opposed to what: static, hashable. dtype is that of activations, None for the embedding's."""
+    """How to run, as opposed to what: static, hashable. dtype is that of activations, None for the embedding's.
+
+    expert_capacity: rows that an expert takes, as a multiple of an even share; what does not fit is dropped, counted in
+    aux["router_dropped"]. None drops nothing (models/dispatch.py). layers: what runs them in place of stack.run; a
+    hashable, such as parallel/pipeline.py has.
+    """
 
     dtype: str | None = None
     attention: str | None = None  # an implementation's name, None to choose
     remat: str = "none"  # none; full: keep only each layer's input; dots: keep the products
+    expert_capacity: float | None = None
+    layers: Callable | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"unknown remat policy {self.remat!r}; there are {', '.join(REMAT)}")
+        if self.expert_capacity is not None and not self.expert_capacity > 0:
+            raise ValueError(f"expert_capacity={self.expert_capacity}: expected a number above 0, or None")
 
 
 class Block(nn.Module):
@@ -54,6 +65,7 @@ class Block(nn.Module):
     config: DecoderConfig
     kind: Kind
     impl: str | None = None
+    capacity: float | None = None
 
     @nn.compact
     def __call__(self, x: Array, tokens: Tokens, state: State | None, depth, rng):
@@ -70,11 +82,12 @@ class Block(nn.Module):
         y, extra = norm("mlp_norm", c.pre_norm, x), {}
         if self.kind.mlp == "moe":
             assert c.moe is not None
-            y, extra = Moe(c.moe, c.d_model, c.init_std, name="mlp")(y, tokens.valid)
+            y, extra = Moe(c.moe, c.d_model, c.init_std, self.capacity, name="mlp")(y, tokens.valid)
         else:
             assert c.mlp is not None
             y = Mlp(c.mlp, c.d_model, c.init_std, name="mlp")(y)
-        return add(x, norm("mlp_post_norm", c.post_norm, y), keys[2]), state, extra
+        x = add(x, norm("mlp_post_norm", c.post_norm, y), keys[2])
+        return constrain(x, "batch", "length", None), state, extra
 
 
 def init(config: DecoderConfig, key: Array) -> Params:
@@ -117,7 +130,7 @@ def embed(
         at = jnp.arange(tokens.shape[1])[None] if positions is None else jnp.maximum(positions, 0)
         at = at + first if first else at
         x = x + _apply(_position_embed(config), params["positions"], at).astype(x.dtype)
-    return dropout(x, config.dropout.embed, rng)
+    return dropout(constrain(x, "batch", "length", None), config.dropout.embed, rng)
 
 
 def trunk(
@@ -142,7 +155,8 @@ def trunk(
     in one piece. rope_len
     (default T) is the length that `dynamic` and `longrope` frequencies are made for; with a cache it must be given
     for those. taps=("residual",) returns the stream after each layer, aux["residual"] [L, B, T, D]. aux["router_loss"]
-    is the load-balancing loss of mixture-of-experts layers. rng switches dropout on. adapters: a tree as
+    is the load-balancing loss of mixture-of-experts layers, aux["router_dropped"] the share of choices that were dropped
+    for want of capacity. rng switches dropout on. adapters: a tree as
     models/adapters.py describes it; its virtual tokens come first, seen by all, and are in no result; positions and
     rope_len do not count them. With a cache they are in it (`begin`), and counted.
     """
@@ -158,27 +172,31 @@ def trunk(
     if unknown := set(taps) - set(TAPS):
         raise ValueError(f"unknown taps {sorted(unknown)}; there are {TAPS}")
 
-    def block(kind: Kind, p: Params, x: Array, state: State | None, depth):
+    if taps and runtime.layers is not None:
+        raise ValueError(f"taps={taps} are not returned from a pipeline: its devices see other layers' streams pass by")
+
+    def block(kind: Kind, p: Params, x: Array, state: State | None, depth, tokens: Tokens, rng):
         own = {}
         if adapters is not None:
             p, own = p["params"], adapting.of_layer(p["adapters"], rng, depth)
         args = x, tokens, state, jnp.asarray(depth), rng
-        x, state, extra = _apply(Block(config, kind, runtime.attention), p, *args, adapters=own)
+        x, state, extra = _apply(Block(config, kind, runtime.attention, runtime.expert_capacity), p, *args, adapters=own)
         return x, state, extra | ({"residual": x} if "residual" in taps else {})
 
     stacks = _stacks(config, params)
     if adapters is not None:
         stacks = adapting.beside(stacks, _stacks(config, {"layers": adapters.get("layers", {})}))
-    x, cache, extras = stack.run(block, layers(config), stacks, x, cache, remat=REMAT[runtime.remat])
+    run, given = runtime.layers or stack.run, (tokens, rng)
+    x, cache, extras = run(block, layers(config), stacks, x, cache, given=given, remat=REMAT[runtime.remat])
     x = x if prompt is None else x[:, room:]
     aux = {}
     if "residual" in taps:
         stream = stack.collect(extras, "residual")
         aux["residual"] = stream if prompt is None else stream[:, :, room:]
     if any(kind.mlp == "moe" for kind in config.kinds):
-        aux["router_loss"] = load_balancing_loss(
-            *(stack.collect(extras, name) for name in ("router_picks", "router_probs", "router_tokens"))
-        )
+        picks, probs, count = (stack.collect(extras, f"router_{name}") for name in ("picks", "probs", "tokens"))
+        aux["router_loss"] = load_balancing_loss(picks, probs, count)
+        aux["router_dropped"] = stack.collect(extras, "router_dropped").sum() / picks.sum()
     return _apply(_final_norm(config), params["final_norm"], x), cache, aux
 
 

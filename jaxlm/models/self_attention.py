@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,10 +13,12 @@ from jaxlm.kernels.masks import CAUSAL, window
 from jaxlm.models.config import DecoderConfig, Kind
 from jaxlm.models.layers import Einsum, Norm
 from jaxlm.models.rope import rotate
+from jaxlm.parallel.sharding import constrain
 
 State = dict[str, Array]
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """What every layer knows of the tokens of this call; None where the default holds."""
@@ -25,6 +28,15 @@ class Tokens:
     valid: Array | None = None  # [B, T] bool
     tables: dict = dataclasses.field(default_factory=dict)  # Rope -> (cos, sin)
     shared: int | None = None  # with segments: how many of the first keys, virtual tokens, belong to all of them
+
+    def tree_flatten(self):
+        arrays = self.positions, self.segments, self.valid, tuple(self.tables.values())
+        return arrays, (tuple(self.tables), self.shared)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        (ropes, shared), (*lines, tables) = static, arrays
+        return cls(*lines, dict(zip(ropes, tables, strict=True)), shared)
 
 
 class SelfAttention(nn.Module):
@@ -42,6 +54,8 @@ class SelfAttention(nn.Module):
             q = self._project("q", x, a.n_heads, "N", "heads")
             k = self._project("k", x, a.n_kv_heads, "K", "kv_heads")
             v = self._project("v", x, a.n_kv_heads, "K", "kv_heads")
+        q = constrain(q, "batch", "length", "heads", None)
+        k, v = (constrain(x, "batch", "length", "kv_heads", None) for x in (k, v))
         if a.qk_norm:
             size = lambda heads: (a.head_dim,) if a.qk_norm == "head" else (heads, a.head_dim)
             q = Norm(c.norm, size(a.n_heads), name="q_norm")(q)

@@ -54,9 +54,10 @@ def run(
     x: jax.Array,
     cache: Mapping[str, Tree] | None = None,
     *,
+    given: tuple = (),
     remat: Callable | None = None,
 ) -> tuple[jax.Array, dict[str, Tree] | None, list[Extra]]:
-    """Applies block(kind, p, x, state, depth) -> (x, state, extra) to every layer in order.
+    """Applies block(kind, p, x, state, depth, *given) -> (x, state, extra) to every layer in order.
 
     `depth` is a traced int; `state` is None without a cache; `extra` is a dict of arrays. `remat` wraps the block
     (jax.checkpoint with a policy). Returns the stream, the new cache and the extras of each run.
@@ -67,7 +68,7 @@ def run(
     held = None if cache is None else dict(cache)
     extras, depth0 = [], 0
     for period, repeats in [((layer,), 1) for layer in layers] if is_unrolled(params) else runs(layers):
-        step = _period_step(step_block, period, params, dict(seen_group), dict(seen_state), depth0)
+        step = _period_step(step_block, period, params, dict(seen_group), dict(seen_state), depth0, given)
         if repeats == 1:
             (x, held), ys = step((x, held), 0)
             ys = jax.tree.map(lambda a: a[None], ys)
@@ -82,7 +83,7 @@ def run(
     return x, held, extras
 
 
-def _period_step(block, period, params, group0, state0, depth0):
+def _period_step(block, period, params, group0, state0, depth0, given):
     """One scan step: the layers of a period. Stacks are indexed here, inside the step: slicing a stack outside the
     scan would copy those weights every call."""
     per_group = {g: sum(layer.group == g for layer in period) for g in {layer.group for layer in period}}
@@ -98,7 +99,8 @@ def _period_step(block, period, params, group0, state0, depth0):
             in_group[layer.group] += 1
             in_state[layer.state] += 1
             state = None if cache is None else _take(cache[layer.state], s)
-            x, state, extra = block(layer.kind, _take(params[layer.group], g), x, state, depth0 + r * len(period) + i)
+            depth = depth0 + r * len(period) + i
+            x, state, extra = block(layer.kind, _take(params[layer.group], g), x, state, depth, *given)
             if cache is not None:
                 cache = cache | {layer.state: _put(cache[layer.state], s, state)}
             ys.append(extra)
