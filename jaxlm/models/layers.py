@@ -70,20 +70,18 @@ class Einsum(Leaf):
         return y + self.weight("b", shape, axes, jax.nn.initializers.zeros).astype(y.dtype)
 
 
-class RaggedDot(Leaf):
-    """y [M, out] = x [M, in] times the matrix of each row's group; w is [E, in, out], rows sorted by group."""
+class Matrices(Leaf):
+    """One matrix for each expert, [E, in, out]."""
 
     shape: tuple[int, int, int]
     axes: tuple[str | None, ...]
     std: float = 0.02
 
     @nn.compact
-    def __call__(self, x: Array, group_sizes: Array) -> Array:
+    def __call__(self) -> Array:
         if "a" in self.variables.get("adapters", ()):
             raise NotImplementedError(f"adapters for {'/'.join(self.path)}: experts take none")
-        w = self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std)).astype(x.dtype)
-        y = jax.lax.ragged_dot(x, w, group_sizes, precision=precision(x.dtype), preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        return self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std))
 
 
 class Norm(Leaf):
