@@ -20,7 +20,9 @@ def info(
     /,
     *,
     params: Annotated[bool, Option(help="also list every tensor")] = False,
-    mesh: Annotated[str | None, Option(help="also say where parameters go, as fsdp=4,tensor=2; needs no device")] = None,
+    mesh: Annotated[
+        str | None, Option(help="also say where parameters go, as fsdp=4,tensor=2; needs no device")
+    ] = None,
     dtype: Annotated[Dtype, Option(help="of the parameters on the mesh; default the checkpoint's")] = None,
     json_: Annotated[bool, Option(name="json", help="print JSON instead of tables")] = False,
     ignore_fields: IgnoreFields = (),
@@ -202,7 +204,7 @@ class Placed:
             shape = " x ".join(map(str, p.shape))
             made.add_row(path, p.dtype, shape, cuts(p.spec), size(p.bytes), size(p.bytes_per_device))
         all_, each = self.total("bytes"), self.total("bytes_per_device")
-        made.add_row("all", "", "", "", size(all_), size(each))
+        made.add_row("all parameters", "", "", "", size(all_), size(each))
         yield made
         share = f"{size(each)}, {each * self.devices / all_:.2f} copies over all of them"
         rows = [("mesh", self.mesh), ("devices", str(self.devices)), ("on each", share)]
@@ -235,7 +237,9 @@ def place(fam: Any, config: Any, checkpoint: Any, mesh: str, dtype: str | None) 
 
     def one(path: str, sharding: jax.sharding.NamedSharding) -> Parameter:
         kind = next(iter(kinds[path])) if len(kinds[path]) == 1 else "float32"  # as `load` widens what differs
-        axes = tuple(() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in sharding.spec)
+        axes = tuple(
+            () if part is None else (part,) if isinstance(part, str) else tuple(part) for part in sharding.spec
+        )
         here = math.prod(sharding.shard_shape(leaves[path]))
         each = jnp.dtype(kind).itemsize
         return Parameter(kind, leaves[path], axes, each * math.prod(leaves[path]), each * here)

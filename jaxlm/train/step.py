@@ -101,11 +101,11 @@ def make_train_step(
         if clip is not None:
             shrink = jnp.minimum(1.0, jnp.asarray(clip) / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, moved = optimizer.update(grads, state.optimizer, _laid_out(state.trainable, used))
-        updates = jax.tree.map(lambda u: u * state.lr_scale.astype(u.dtype), updates)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         # Laid out like the moments, so that what each device gathers is the new parameters and nothing else.
         before = _laid_out(state.trainable, used)
+        updates, moved = optimizer.update(grads, state.optimizer, before)
+        updates = jax.tree.map(lambda u: u * state.lr_scale.astype(u.dtype), updates)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         after = dataclasses.replace(
             state,
             step=state.step + 1,
