@@ -17,7 +17,7 @@ from jax import Array
 from jaxlm.models import adapters as adapting
 from jaxlm.models import stack
 from jaxlm.models.config import DecoderConfig, Kind, groups, states
-from jaxlm.models.layers import Embed, Norm, dropout
+from jaxlm.models.layers import Embed, Norm, dropout, reducing_in
 from jaxlm.models.mlp import Mlp
 from jaxlm.models.moe import Moe, load_balancing_loss
 from jaxlm.models.rope import table
@@ -44,6 +44,7 @@ class Runtime:
     expert_capacity: rows that an expert takes, as a multiple of an even share; what does not fit is dropped, counted in
     aux["router_dropped"]. None drops nothing (models/dispatch.py). layers: what runs them in place of stack.run; a
     hashable, such as parallel/pipeline.py has.
+    reduce_dtype: of the gradients of the layers' weights as they are summed over devices.
     """
 
     dtype: str | None = None
@@ -51,8 +52,11 @@ class Runtime:
     remat: str = "none"  # none; full: keep only each layer's input; dots: keep the products
     expert_capacity: float | None = None
     layers: Callable | None = None
+    reduce_dtype: str = "float32"
 
     def __post_init__(self):
+        if self.reduce_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"reduce_dtype={self.reduce_dtype!r}: expected float32 or bfloat16")
         if self.remat not in REMAT:
             raise ValueError(f"unknown remat policy {self.remat!r}; there are {', '.join(REMAT)}")
         if self.expert_capacity is not None and not self.expert_capacity > 0:
@@ -180,7 +184,9 @@ def trunk(
         if adapters is not None:
             p, own = p["params"], adapting.of_layer(p["adapters"], rng, depth)
         args = x, tokens, state, jnp.asarray(depth), rng
-        x, state, extra = _apply(Block(config, kind, runtime.attention, runtime.expert_capacity), p, *args, adapters=own)
+        module = Block(config, kind, runtime.attention, runtime.expert_capacity)
+        with reducing_in(runtime.reduce_dtype):
+            x, state, extra = _apply(module, p, *args, adapters=own)
         return x, state, extra | ({"residual": x} if "residual" in taps else {})
 
     stacks = _stacks(config, params)

@@ -318,4 +318,3 @@ def _send(tree, by: int, n: int):
     if by % n == 0:
         return tree
     return jax.lax.ppermute(tree, AXIS, [(i, (i + by) % n) for i in range(n)])
-

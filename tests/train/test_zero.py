@@ -1,0 +1,218 @@
+"""ZeRO's stages, host memory and the dtype of the sums of gradients: what one device computes, and what they cost."""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from jaxlm.models import decoder
+from jaxlm.models.registry import family
+from jaxlm.parallel.mesh import AXES, make_mesh
+from jaxlm.train import placement
+from jaxlm.train.config import TrainConfig, parse
+from jaxlm.train.objectives import Objective, causal_lm
+from jaxlm.train.optimizer import Optimizer
+from jaxlm.train.placement import bytes_per_device, gradient_shardings, place_batch, state_shardings, within
+from jaxlm.train.schedules import Schedule
+from jaxlm.train.step import init_state, make_eval_step, make_train_step
+from tests import aot
+from tests.conftest import NO_LIBTPU
+
+needs_libtpu = pytest.mark.skipif(not aot.HAS_LIBTPU, reason=NO_LIBTPU)
+WIDE = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+SMALL = WIDE | {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, an optimizer and how they are laid out; `make` gives the state's shapes and all that a step takes."""
+
+    hf: dict[str, Any] = dataclasses.field(default_factory=lambda: SMALL)
+    zero: int = 0
+    offload: tuple[str, ...] = ()
+    runtime: decoder.Runtime = decoder.Runtime()
+
+    def make(self, mesh: Mesh | None):
+        config = family("llama").config(self.hf)
+        settings = Optimizer(rate=1e-2, schedule=Schedule(name="constant", steps=9), decay=0.1)
+        optimizer, axes = settings.make(), {"params": decoder.logical_axes(config)}
+        start = functools.partial(_start, dataclasses.replace(config, init_std=0.2), optimizer)
+        shapes, placed, gradients = jax.eval_shape(start), None, None
+        if mesh is not None:
+            placed, _ = state_shardings(shapes, axes, optimizer, mesh, zero=self.zero, offload=self.offload)
+            gradients = gradient_shardings(shapes, axes, mesh, self.zero)
+        loss = causal_lm(Objective(backbone=decoder, config=config, runtime=self.runtime))
+        step = make_train_step(loss, optimizer, settings, shardings=placed, gradients=gradients)
+        return start, shapes, placed, gradients, step, make_eval_step(loss)
+
+
+def _start(config, optimizer):
+    return init_state({"params": decoder.init(config, jax.random.key(0))}, optimizer, jax.random.key(1))
+
+
+def batches(accumulate: int, steps: int = 3):
+    for i in range(steps):
+        rng = np.random.default_rng(i)
+        shape = (accumulate, 8, 6) if accumulate > 1 else (8, 6)
+        tokens = rng.integers(0, 61, shape).astype(np.int32)
+        yield {"tokens": tokens, "targets": np.where(rng.uniform(size=shape) < 0.3, -100, tokens).astype(np.int32)}
+
+
+def run(preset: str | None, accumulate: int = 1, **case):
+    """Losses of three updates, the loss after them, and the state."""
+    mesh = None if preset is None else make_mesh(preset)
+    start, _, placed, _, step, evaluate = Case(**case).make(mesh)
+    state = start() if placed is None else jax.device_put(start(), placed)
+    losses = []
+    for batch in batches(accumulate):
+        given = place_batch(batch, mesh, lead=int(accumulate > 1))
+        state, metrics = within(mesh, step)(state, given)
+        losses.append(float(metrics["loss"]))
+    last = within(mesh, evaluate)(state, place_batch(next(batches(1, 1)), mesh))
+    return [*losses, float(last["loss"])], state
+
+
+alone = functools.cache(lambda accumulate: run(None, accumulate))
+
+
+def assert_equal(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for name in ("trainable", "optimizer"):
+        for a, b in zip(*(jax.tree.leaves(getattr(one[1], name)) for one in (got, want)), strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("preset", "zero", "accumulate"),
+    [("data=8", 1, 2), ("data=8", 2, 2), ("data=8", 3, 2), ("data=2,fsdp=4", 2, 2), ("data=8", 2, 1)],
+)
+def test_stages_equal_one_device(preset, zero, accumulate):
+    assert_equal(run(preset, accumulate, zero=zero), alone(accumulate))
+
+
+@pytest.mark.parametrize(
+    ("preset", "zero", "state", "gradients"),
+    [
+        ("data=8", 0, 12, 4),
+        ("data=8", 1, 4 + 8 / 8, 4),
+        ("data=8", 2, 4 + 8 / 8, 4 / 8),
+        ("data=8", 3, 12 / 8, 4 / 8),
+        ("fsdp=8", 0, 12 / 8, 4 / 8),
+        ("data=2,fsdp=4", 1, 4 / 4 + 8 / 8, 4 / 4),
+    ],
+)
+def test_bytes_of_a_parameter_on_a_device(preset, zero, state, gradients):
+    """12, 5, 5 and 1.5 on 8 devices for float32 parameters and Adam's moments; norm scales (0.1 %) are whole."""
+    start, shapes, placed, summed, _, _ = Case(WIDE, zero).make(make_mesh(preset))
+    trees = [jax.device_put((s.trainable, s.optimizer), (placed.trainable, placed.optimizer)) for s in (start(),)]
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes.trainable))
+    device = jax.devices()[3]
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(trees)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+    np.testing.assert_allclose(held / count, state, rtol=0.01)
+    found = bytes_per_device(shapes.trainable, summed.summed)
+    np.testing.assert_allclose(found["device"] / count, gradients, rtol=0.01)
+
+
+def test_the_state_stays_where_it_was():
+    """After an update the buffers lie as before it: nothing was gathered for good."""
+    _, state = run("data=8", zero=1)
+    _, _, placed, *_ = Case(zero=1).make(make_mesh("data=8"))
+    jax.tree.map(lambda a, s: np.testing.assert_equal(a.sharding.is_equivalent_to(s, a.ndim), True), state, placed)
+    moment = state.optimizer[0].mu["params"]["layers"]["mlp"]["up"]["w"]
+    assert moment.addressable_shards[0].data.size == moment.size // 8
+
+
+@pytest.mark.parametrize(
+    ("preset", "zero", "offload"),
+    [("data=8", 0, ("optimizer",)), ("data=2,fsdp=4", 1, ("optimizer", "params"))],
+)
+def test_host_memory_changes_nothing(preset, zero, offload):
+    got = run(preset, 2, zero=zero, offload=offload)
+    assert_equal(got, alone(2))
+    state = got[1]
+    kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+    assert kinds(state.optimizer) == {"pinned_host"}
+    assert kinds(state.trainable) == {"pinned_host" if "params" in offload else "device"}
+
+
+def test_a_device_without_host_memory(monkeypatch):
+    monkeypatch.setattr(placement, "HOST", "elsewhere")
+    with pytest.raises(ValueError, match=r"offload: cpu has no elsewhere memory; it has .*pinned_host"):
+        Case(offload=("optimizer",)).make(make_mesh("data=8"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero": 4, "mesh": "data=8"}, "zero=4: expected one of 0, 1, 2, 3"),
+        ({"zero": 1}, "zero=1 cuts over the mesh's axis data, and there is no mesh"),
+        ({"offload": ["moments"]}, "offload: unknown moments; there are optimizer and params"),
+        ({"reduce_dtype": "float16"}, "reduce_dtype='float16': expected one of float32, bfloat16"),
+        ({"reduce_dtype": "bfloat16"}, "reduce_dtype='bfloat16' is for precision='bfloat16'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(TrainConfig, {"model": "m", "out": "o", "data": {"train": "t"}} | settings, "here")
+
+
+def test_stages_need_data():
+    with pytest.raises(ValueError, match="zero=2 cuts over the axis data, which is 1 here"):
+        Case(zero=2).make(make_mesh("fsdp=8"))
+
+
+# What is compiled for four chips that are not there.
+
+CHIPS = WIDE | {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3}
+
+
+@functools.cache
+def compiled(zero: int, reduce_dtype: str = "float32", offload: tuple[str, ...] = (), chip: str = "v5e"):
+    """The step over data=4, accumulated over two micro-batches, in bfloat16."""
+    mesh = Mesh(
+        np.array(aot.tpu_topology(chip).devices).reshape(4, 1, 1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 6
+    )
+    runtime = decoder.Runtime(dtype="bfloat16", remat="full", attention="xla", reduce_dtype=reduce_dtype)
+    _, shapes, placed, _, step, _ = Case(CHIPS, zero, offload, runtime).make(mesh)
+    at = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    tokens = jax.ShapeDtypeStruct((2, 8, 128), jnp.int32)
+    batch = {
+        name: at(tokens, s)
+        for name, s in placement.batch_shardings({"tokens": tokens, "targets": tokens}, mesh, 1).items()
+    }
+    with jax.set_mesh(mesh):
+        return step.lower(jax.tree.map(at, shapes, placed), batch).compile()
+
+
+def collectives(text: str) -> Counter[tuple[str, str, int]]:
+    """(kind, dtype, elements of an operand) of every array that a TPU program's collectives take.
+
+    The compiler writes a reduce-scatter as a fusion that is named after it.
+    """
+    found: Counter[tuple[str, str, int]] = Counter()
+    inside = ""
+    for line in text.splitlines():
+        if line.startswith("%") or line.startswith("ENTRY"):
+            inside = line.split(" ", 1)[0]
+        match = re.match(r"\s*(?:ROOT )?%[\w.-]+ = (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(", line)
+        if match:
+            kind = "reduce-scatter" if "all-reduce-scatter" in inside else match[2]
+            for dtype, shape in re.findall(r"\b(f32|bf16)\[([\d,]*)\]", match[1]):
+                found[kind, dtype, int(np.prod([int(n) for n in shape.split(",") if n]))] += 1
+    return found
