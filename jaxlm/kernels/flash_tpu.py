@@ -32,7 +32,7 @@ LOWEST = -1e30  # the maximum of nothing: finite, so that a row without visible 
 HIDDEN = -(2**31)  # the segment of keys that nobody sees
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # which axes a product sums over
 FEATURES = frozenset({"q_segments", "k_segments", "k_valid", "softcap", "sinks"})
-BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)  # mesh axes that split batch and heads
+BATCH_AXES, HEAD_AXES = ("data", "fsdp", "expert"), ("tensor",)  # mesh axes that split batch and heads
 VMEM_BYTES = 16 * 2**20  # the whole of the smallest chip's
 LAG = 2  # steps between a tile's first product and its second
 
@@ -75,8 +75,8 @@ def flash_tpu(
 ) -> Any:
     """Attention as `attention` defines it: out BTND in q's dtype and, if asked, lse float32 BTN; differentiable.
 
-    Runs under the mesh in force: batch over its axes data and fsdp, heads over tensor; a size that they do not divide
-    is a ValueError. interpret is for tests: True or pltpu.InterpretParams.
+    Runs under the mesh in force: batch over its axes data, fsdp and expert, heads over tensor; a size that they do not
+    divide is a ValueError. interpret is for tests: True or pltpu.InterpretParams.
     """
     b = q.shape[0]
     if scale <= 0:  # the kernel takes the maximum before it scales

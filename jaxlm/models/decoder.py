@@ -21,6 +21,7 @@ from jaxlm.models.mlp import Mlp
 from jaxlm.models.moe import Moe, load_balancing_loss
 from jaxlm.models.rope import table
 from jaxlm.models.self_attention import SelfAttention, State, Tokens, empty_state, write
+from jaxlm.parallel.sharding import constrain
 
 Params = dict[str, Any]
 Cache = dict[str, Any]  # {state: State, its arrays stacked, or a tuple of them}
@@ -74,7 +75,8 @@ class Block(nn.Module):
         else:
             assert c.mlp is not None
             y = Mlp(c.mlp, c.d_model, c.init_std, name="mlp")(y)
-        return add(x, norm("mlp_post_norm", c.post_norm, y), keys[2]), state, extra
+        x = add(x, norm("mlp_post_norm", c.post_norm, y), keys[2])
+        return constrain(x, "batch", "length", None), state, extra
 
 
 def init(config: DecoderConfig, key: Array) -> Params:
@@ -117,7 +119,7 @@ def embed(
         at = jnp.arange(tokens.shape[1])[None] if positions is None else jnp.maximum(positions, 0)
         at = at + first if first else at
         x = x + _apply(_position_embed(config), params["positions"], at).astype(x.dtype)
-    return dropout(x, config.dropout.embed, rng)
+    return dropout(constrain(x, "batch", "length", None), config.dropout.embed, rng)
 
 
 def trunk(

@@ -6,6 +6,7 @@ from jax import Array
 
 from jaxlm.models.config import MlpConfig
 from jaxlm.models.layers import ACTIVATIONS, Einsum
+from jaxlm.parallel.sharding import constrain
 
 
 class Mlp(nn.Module):
@@ -27,6 +28,7 @@ class Mlp(nn.Module):
             h = act(gate) * up
         else:
             h = act(widen("gate", c.d_ff)) * widen("up", c.d_ff) if c.gated else act(widen("up", c.d_ff))
+        h = constrain(h, "batch", "length", "mlp")
         return Einsum(
             "BTF,FD->BTD", (c.d_ff, self.d_model), ("mlp", "embed"), "D" if c.bias else None, self.std, name="down"
         )(h)

@@ -66,14 +66,14 @@ class Experts(nn.Module):
         order = jnp.argsort(chosen.reshape(-1), stable=True)  # [M k]
         sizes = jnp.bincount(chosen.reshape(-1), length=c.n_experts).astype(jnp.int32)
         x = rows[order // k]  # [M k, D]
-        up_shape, up_axes = (c.n_experts, self.d_model, c.expert.d_ff), ("expert", "embed", "mlp")
+        up_shape, up_axes = (c.n_experts, self.d_model, c.expert.d_ff), ("experts", "embed", "mlp")
         h = RaggedDot(up_shape, up_axes, self.std, name="up")(x, sizes)
         if c.expert.gated:
             gate = RaggedDot(up_shape, up_axes, self.std, name="gate")(x, sizes)
             h = ACTIVATIONS[c.expert.act](gate) * h
         else:
             h = ACTIVATIONS[c.expert.act](h)
-        down_shape, down_axes = (c.n_experts, c.expert.d_ff, self.d_model), ("expert", "mlp", "embed")
+        down_shape, down_axes = (c.n_experts, c.expert.d_ff, self.d_model), ("experts", "mlp", "embed")
         y = RaggedDot(down_shape, down_axes, self.std, name="down")(h, sizes)
         y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(m, k, self.d_model)
         return jnp.einsum("MKD,MK->MD", y.astype(jnp.float32), weights).astype(rows.dtype)

@@ -12,6 +12,7 @@ from jaxlm.kernels.masks import CAUSAL, window
 from jaxlm.models.config import DecoderConfig, Kind
 from jaxlm.models.layers import Einsum, Norm
 from jaxlm.models.rope import rotate
+from jaxlm.parallel.sharding import constrain
 
 State = dict[str, Array]
 
@@ -42,6 +43,8 @@ class SelfAttention(nn.Module):
             q = self._project("q", x, a.n_heads, "N", "heads")
             k = self._project("k", x, a.n_kv_heads, "K", "kv_heads")
             v = self._project("v", x, a.n_kv_heads, "K", "kv_heads")
+        q = constrain(q, "batch", "length", "heads", None)
+        k, v = (constrain(x, "batch", "length", "kv_heads", None) for x in (k, v))
         if a.qk_norm:
             size = lambda heads: (a.head_dim,) if a.qk_norm == "head" else (heads, a.head_dim)
             q = Norm(c.norm, size(a.n_heads), name="q_norm")(q)

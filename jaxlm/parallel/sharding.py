@@ -1,20 +1,21 @@
 """The one table from logical axes to mesh axes, and the shardings that follow from it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
 MeshAxes = str | tuple[str, ...] | None
 
 # Logical axis -> mesh axes. A weight is cut along its model width by fsdp and along heads, features or vocabulary by
-# tensor; whatever is not named here is an error, not a replica.
+# tensor; whatever is not named here is an error, not a replica. Rows are cut over expert too: outside of the experts
+# that axis is one more of data.
 RULES: tuple[tuple[str, MeshAxes], ...] = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("data", "fsdp", "expert")),
     ("length", "sequence"),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
@@ -22,7 +23,7 @@ RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("experts", "expert"),
-    ("layers", None),
+    ("layers", "pipe"),
     ("head_dim", None),
     ("positions", None),
 )
@@ -38,21 +39,36 @@ class Replicated:
     over: int
 
 
+def sizes(mesh: Mesh | AbstractMesh | None = None) -> dict[str, int]:
+    """The axes above 1 of a mesh, by default of the one in force, that are not manual here (those of shard_map)."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    manual = getattr(mesh, "manual_axes", ())
+    return {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in manual}
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, laid out over the mesh in force by its logical axes; a dimension that does not divide stays whole."""
+    if not sizes():
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, jax.sharding.get_abstract_mesh())[0])
+
+
 def spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> tuple[PartitionSpec, list[tuple[str, int, int]]]:
     """The PartitionSpec of an array with these logical axes, and the (axis, size, over) that do not divide.
 
-    ValueError for an unknown axis, and where one mesh axis would cut two dimensions.
+    Inside of shard_map, only over the axes that are not its own. ValueError for an unknown axis, and where one mesh
+    axis would cut two dimensions.
     """
-    table, parts, failed = dict(RULES), [], []
+    table, parts, failed, free = dict(RULES), [], [], sizes(mesh)
     for name, size in zip(axes, shape, strict=True):
         if name is not None and name not in table:
             raise ValueError(f"unknown logical axis {name!r}; there are {', '.join(table)}")
         wanted = None if name is None else table[name]
         wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
-        wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
-        over = int(np.prod([mesh.shape[axis] for axis in wanted]))
+        wanted = tuple(axis for axis in wanted if axis in free)
+        over = math.prod(free[axis] for axis in wanted)
         if over > 1 and size % over:
             failed.append((name, size, over))
             wanted = ()
@@ -86,6 +102,6 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh, lead: int = 0) -> dict
         made_spec, failed = spec(axes, array.shape, mesh)
         if failed:
             _, size, over = failed[0]
-            raise ValueError(f"batch {name!r}: {size} rows do not divide over {over} devices (data x fsdp)")
+            raise ValueError(f"batch {name!r}: {size} rows do not divide over {over} devices (data x fsdp x expert)")
         made[name] = NamedSharding(mesh, made_spec)
     return made

@@ -16,7 +16,7 @@ from jaxlm.train.adapters import Lora
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.config import plain
 from jaxlm.train.metrics import Sink, plot, sinks, utilization
-from jaxlm.train.placement import place_batch
+from jaxlm.train.placement import place_batch, within
 from jaxlm.train.setup import Job
 from jaxlm.train.step import TrainState, make_eval_step, make_train_step
 
@@ -73,10 +73,9 @@ class Run:
         self._check_settings()
         self.checkpoints = Checkpoints(self.out / "checkpoints", job.config.keep)
         clip = job.config.optim.clip or None
-        self.step_function = make_train_step(
-            job.loss, job.optimizer, job.settings, clip=clip, shardings=job.shardings
-        )  # fmt: skip
-        self.eval_function = make_eval_step(job.loss)
+        step = make_train_step(job.loss, job.optimizer, job.settings, clip=clip, shardings=job.shardings)
+        self.step_function = within(job.mesh, step)
+        self.eval_function = within(job.mesh, make_eval_step(job.loss))
         self.memory = _Memory()
         self._why: str | None = None
 

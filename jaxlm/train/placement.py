@@ -1,5 +1,7 @@
 """Where a training state lives on a mesh: parameters by the rules, optimizer moments beside their parameters."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,6 +54,17 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None, lead: int = 0) 
     }
     wanted = batch_shardings(shapes, mesh, lead)
     return {name: jax.make_array_from_process_local_data(wanted[name], a) for name, a in batch.items()}
+
+
+def within(mesh: Mesh | None, function: Callable) -> Callable:
+    """The function, called with the mesh in force: models lay out their activations over it."""
+
+    @functools.wraps(function)
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return function if mesh is None else call
 
 
 def _is_axes(x: Any) -> bool:

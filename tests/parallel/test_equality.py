@@ -1,0 +1,100 @@
+"""Every preset computes what one device does: the loss and the gradient of every parameter, in float32, to 1e-5."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import decoder
+from jaxlm.models.decoder import Runtime
+from jaxlm.models.registry import family
+from jaxlm.parallel.mesh import make_mesh, parse_preset
+from jaxlm.parallel.sharding import shardings
+from jaxlm.train.objectives import Objective, causal_lm
+from jaxlm.train.placement import place_batch
+
+_COMMON = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+}  # fmt: skip
+DENSE = _COMMON | {"model_type": "llama", "intermediate_size": 48}
+MOE = _COMMON | {
+    "model_type": "qwen3_moe", "moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 4,
+    "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "num_hidden_layers": 2, "sliding_window": None, "use_sliding_window": False, "attention_bias": False,
+    "tie_word_embeddings": False, "rope_theta": 10000.0,
+}  # fmt: skip
+CONFIGS = {"dense": DENSE, "moe": MOE}
+ROWS, LENGTH = 8, 16
+
+
+@functools.cache
+def model(name: str) -> tuple[Any, Any]:
+    """Config and parameters; weights are large, so that every branch matters."""
+    config = family(CONFIGS[name]["model_type"]).config(CONFIGS[name])
+    return config, decoder.init(dataclasses.replace(config, init_std=0.2), jax.random.key(0))
+
+
+@functools.cache
+def batch() -> dict[str, np.ndarray]:
+    """Rows of packed sequences of unequal lengths, with padding at the end of some."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32)
+    targets = np.where(rng.uniform(size=tokens.shape) < 0.2, -100, tokens).astype(np.int32)
+    starts = rng.uniform(size=tokens.shape) < 0.15
+    segments = 1 + np.cumsum(starts, 1).astype(np.int32)
+    at = np.broadcast_to(np.arange(LENGTH), tokens.shape)
+    positions = at - np.maximum.accumulate(np.where(starts, at, 0), 1)
+    padding = at >= LENGTH - rng.integers(0, 5, (ROWS, 1))
+    segments, positions = np.where(padding, 0, segments), np.where(padding, -1, positions).astype(np.int32)
+    return {"tokens": tokens, "targets": np.where(padding, -100, targets), "segments": segments, "positions": positions}
+
+
+def loss_and_gradients(name: str, preset: str | None, runtime: Runtime = Runtime()):
+    """(loss, gradients) of the batch, as numpy."""
+    config, params = model(name)
+    objective = causal_lm(Objective(backbone=decoder, config=config, runtime=runtime, router=0.1))
+
+    def mean(params, batch):
+        total, weight, _ = objective({"params": params}, batch, None)
+        return total / weight
+
+    function = jax.jit(jax.value_and_grad(mean))
+    if preset is None:
+        return jax.device_get(function(params, batch()))
+    mesh = make_mesh(preset, jax.devices()[: math.prod(parse_preset(preset).values())])
+    placed, _ = shardings(decoder.logical_axes(config), params, mesh)
+    with jax.set_mesh(mesh):
+        return jax.device_get(function(jax.device_put(params, placed), place_batch(batch(), mesh)))
+
+
+alone = functools.cache(lambda name: loss_and_gradients(name, None))
+
+
+def assert_equal(got, want, tolerance: float = 1e-5):
+    np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
+    differences = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: (np.abs(a - b).max() / np.abs(b).max(), jax.tree_util.keystr(path)), got[1], want[1]
+    )
+    worst = max(jax.tree.leaves(differences, is_leaf=lambda x: isinstance(x, tuple)))
+    assert worst[0] < tolerance, worst
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("dense", "data=8"),
+        ("dense", "fsdp=8"),
+        ("dense", "data=2,fsdp=4"),
+        ("dense", "data=4,tensor=2"),
+        ("dense", "tensor=8"),  # 8 heads divide, 4 key-value heads do not
+        ("dense", "data=2,fsdp=2,tensor=2"),
+    ],
+)
+def test_equals_one_device(name, preset):
+    assert_equal(loss_and_gradients(name, preset), alone(name))
