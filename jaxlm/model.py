@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm import adapted, inputs, scoring
 from jaxlm.checkpoints import files
@@ -27,6 +28,8 @@ from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family
 from jaxlm.models.view import Weights
 from jaxlm.opening import Opened
+from jaxlm.parallel.mesh import within
+from jaxlm.parallel.sharding import everywhere
 from jaxlm.resize import resize_embeddings
 
 OUTPUTS = ("logits", "hidden", "all_hidden", "embeddings")
@@ -45,6 +48,7 @@ class Model:
     generation_config: dict[str, Any]
     runtime: Runtime
     layers: str = "auto"  # how layers run: stacked in scans, unrolled, or auto: unrolled on a single CPU device
+    mesh: Mesh | None = None  # over which the parameters are laid out
     opened: Opened | None = None  # where it was loaded from
     manifest: Manifest | None = None
     adapters: Adapters | None = None
@@ -128,9 +132,10 @@ class Model:
         valid = None if attention_mask is None else inputs.mask(attention_mask, tokens.shape)
         output = f"{output}:{pooling}" if output == "embeddings" else output
         params, adapters = self.calling()
-        return _forward(
-            self.family.backbone, self.config, self.runtime, output, rope_len, params, tokens, valid, adapters
-        )
+        with within(self.mesh):
+            return _forward(
+                self.family.backbone, self.config, self.runtime, output, rope_len, params, tokens, valid, adapters
+            )
 
     def generate(
         self,
@@ -291,6 +296,7 @@ class Model:
             virtual=self.virtual,
             rope_len=rope_len + self.virtual if any(rope.depends_on_length for rope in ropes) else None,
             logprobs=logprobs,
+            mesh=self.mesh,
         )
 
     def calling(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -359,10 +365,10 @@ def _forward(backbone, config, runtime, output: str, rope_len: int | None, param
         **both,
     )
     if output == "all_hidden":
-        return jnp.concatenate([x[None], aux["residual"]])
+        return everywhere(jnp.concatenate([x[None], aux["residual"]]))
     if output.startswith("embeddings"):
-        return _pool(hidden.astype(jnp.float32), valid, output.split(":")[1])
-    return hidden if output == "hidden" else backbone.head(config, params, hidden)
+        return everywhere(_pool(hidden.astype(jnp.float32), valid, output.split(":")[1]))
+    return everywhere(hidden if output == "hidden" else backbone.head(config, params, hidden))
 
 
 def _pool(hidden: jax.Array, valid: jax.Array | None, pooling: str) -> jax.Array:
