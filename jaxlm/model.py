@@ -28,6 +28,7 @@ from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family
 from jaxlm.models.view import Weights
 from jaxlm.opening import Opened
+from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import within
 from jaxlm.parallel.sharding import everywhere
 from jaxlm.resize import resize_embeddings
@@ -250,7 +251,8 @@ class Model:
         """Writes config.json, generation_config.json, tokenizer files and safetensors that other programs read.
 
         dtype None gives every tensor its dtype in the loaded checkpoint back (from a .gguf file: the parameters' own).
-        The directory appears, or is replaced (overwrite=True), in one step at the end.
+        The directory appears, or is replaced (overwrite=True), in one step at the end. A tensor at a time is gathered
+        from the mesh; where that has several hosts all must call this, and the first one writes.
         """
         inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
         if self.adapters is not None:
@@ -258,9 +260,15 @@ class Model:
         arrays = flatten(self.params)
         names = tensor_names(self.family, self.config, arrays, () if self.manifest is None else self.manifest.tensors)
         tensors, read = stored(arrays, names, self.manifest, dtype)
-        with staged(directory, overwrite) as staging:
-            write_checkpoint(staging, tensors, read, self.manifest, max_shard_bytes, progress)
-            self._write_files(staging, dtype)
+        shared = hosts.spans_hosts(self.mesh)
+        if shared and not hosts.leads():
+            write_checkpoint(None, tensors, read, self.manifest, max_shard_bytes)
+        else:
+            with staged(directory, overwrite) as staging:
+                write_checkpoint(staging, tensors, read, self.manifest, max_shard_bytes, progress)
+                self._write_files(staging, dtype)
+        if shared:
+            hosts.wait_for_all(f"saved {directory}")
 
     def _write_files(self, staging: Path, dtype: str | None) -> None:
         config = self.hf_config

@@ -257,7 +257,7 @@ def _raw_header(file: io.FileIO) -> tuple[bytes, int, str | None]:
 
 
 def write_file(
-    path: Path,
+    path: Path | None,
     header: Iterable[tuple[str, Any, Sequence[int]]],
     metadata: Mapping[str, str],
     read: Callable[[str], np.ndarray],
@@ -268,6 +268,8 @@ def write_file(
 
     With `raw_header`, which must describe the same tensors, that header is written verbatim and its order kept.
     `on_tensor` is told each tensor's bytes. ValueError if an array is not as the header says; OSError names the file.
+    Without a path every tensor is read, in the same order, and nothing written: where several processes make each
+    tensor together, that is what those do that do not write.
     """
     header = list(header)
     wanted = {name: (np.dtype(dtype), tuple(shape)) for name, dtype, shape in header}
@@ -276,9 +278,14 @@ def write_file(
     entries, _, problems = parse_header(raw, total)
     if problems or {name: (entry.dtype, entry.shape) for name, entry in entries.items()} != wanted:
         raise ValueError(f"{path}: the header given describes other tensors{''.join(f'; {p}' for p in problems)}")
+    order = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
+    if path is None:
+        for name in order:
+            read(name)
+        return
     with open(path, "xb", buffering=0) as file:
         _write(file, memoryview(len(raw).to_bytes(8, "little") + raw))
-        for name in sorted(entries, key=lambda name: (entries[name].begin, entries[name].end)):
+        for name in order:
             _write_tensor(file, name, read, *wanted[name])
             if on_tensor:
                 on_tensor(entries[name].end - entries[name].begin)
