@@ -10,14 +10,15 @@ from jax.sharding import Mesh
 
 from jaxlm import inputs
 from jaxlm.checkpoints import files
-from jaxlm.checkpoints.load import Progress, flatten, unflatten
+from jaxlm.checkpoints.export import staged, write_checkpoint
+from jaxlm.checkpoints.load import Progress, examine, flatten, streamed, unflatten
 from jaxlm.checkpoints.load import load as load_arrays
 from jaxlm.kernels.attention import IMPLS
 from jaxlm.model import LAYERS, Model, tensor_names
 from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family, family
 from jaxlm.models.view import Weights
-from jaxlm.opening import open_checkpoint
+from jaxlm.opening import open_checkpoint, write_files
 from jaxlm.parallel.mesh import AXES, make_mesh
 from jaxlm.parallel.sharding import shardings
 
@@ -129,6 +130,35 @@ def init(
     )
 
 
+def convert(
+    source: str | Path,
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    ignore_fields: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Any source that `load` takes, and a training run, written as `Model.save` writes it; one tensor in memory.
+
+    dtype None gives every tensor of safetensors back in its own, bit for bit; of anything else, in float32.
+    """
+    inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
+    opened = open_checkpoint(source)
+    fam = family(opened.model_type)
+    config = fam.config(opened.hf_config, tuple(ignore_fields))
+    tensors = opened.source()
+    try:
+        names = tensor_names(fam, config, parameter_shapes(fam, config), tensors.tensors)
+        manifest = examine(tensors, names, where=opened.where, buffers=fam.buffers)
+        wanted, read = streamed(tensors, names, manifest, dtype)
+        with staged(directory, overwrite) as staging:
+            write_checkpoint(staging, wanted, read, manifest, progress=progress)
+            write_files(staging, opened.hf_config, opened.generation_config, opened, dtype)
+    finally:
+        tensors.close()
+
+
 def parameter_shapes(fam: Family, config: Any) -> dict[str, tuple[int, ...]]:
     """{path: shape} of every parameter, without making any."""
     tree = jax.eval_shape(lambda: fam.backbone.init(config, jax.random.key(0)))
@@ -149,7 +179,9 @@ def _mesh(mesh: str | Mesh | None, layers: str) -> Mesh | None:
     if mesh is not None and layers == "unrolled":
         raise ValueError("layers='unrolled' is a form for one device; on a mesh layers are stacked")
     if isinstance(mesh, Mesh) and mesh.axis_names != AXES:
-        raise ValueError(f"mesh has the axes {mesh.axis_names}, expected those of jaxlm.parallel.mesh.make_mesh, {AXES}")
+        raise ValueError(
+            f"mesh has the axes {mesh.axis_names}, expected {AXES}: jaxlm.parallel.mesh.make_mesh makes one"
+        )
     return make_mesh(mesh) if isinstance(mesh, str) else mesh
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm import adapted, inputs, scoring
-from jaxlm.checkpoints import files
 from jaxlm.checkpoints.export import staged, write_checkpoint
 from jaxlm.checkpoints.load import Names, Progress, flatten, stored
 from jaxlm.checkpoints.manifest import Manifest
@@ -27,7 +25,7 @@ from jaxlm.models.adapters import virtual
 from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family
 from jaxlm.models.view import Weights
-from jaxlm.opening import Opened
+from jaxlm.opening import Opened, write_files
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import within
 from jaxlm.parallel.sharding import everywhere
@@ -266,23 +264,9 @@ class Model:
         else:
             with staged(directory, overwrite) as staging:
                 write_checkpoint(staging, tensors, read, self.manifest, max_shard_bytes, progress)
-                self._write_files(staging, dtype)
+                write_files(staging, self.hf_config, self.generation_config, self.opened, dtype)
         if shared:
             hosts.wait_for_all(f"saved {directory}")
-
-    def _write_files(self, staging: Path, dtype: str | None) -> None:
-        config = self.hf_config
-        if dtype is not None:
-            config = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")} | {"dtype": dtype}
-        source = None if self.opened is None else self.opened.directory
-        for name, value in ((files.CONFIG, config), (files.GENERATION, self.generation_config)):
-            # Untouched files are copied, so that they too come back bit for bit.
-            if source and (source / name).exists() and files.read_json(source / name) == value:
-                shutil.copyfile(source / name, staging / name)
-            elif value:
-                files.write_json(staging / name, value)
-        if self.opened is not None:
-            self.opened.write_tokenizer(staging)
 
     def _settings(self, options: Mapping[str, Any], ignore_fields: Sequence[str]) -> GenerationSettings:
         """Without a generation_config.json the special tokens are those of config.json, as transformers has it."""

@@ -53,16 +53,12 @@ def load(
 ) -> tuple[dict[str, jax.Array], Manifest]:
     """{path: stacked array} for every leaf, and the manifest that `save` needs.
 
-    shardings: {path: where its array goes}; then this host reads what its own devices hold, and nothing else.
-
-    dtype: of the parameters; None keeps the checkpoint's (the widest, where one stack mixes several). buffers:
-    templates of stored tensors that are no parameters. Missing, unexpected and mis-shaped tensors, or a tied duplicate
-    that differs, are one ValueError naming them all.
+    shardings: {path: where its array goes}; then this host reads what its own devices hold, and nothing else. dtype: of
+    the parameters; None keeps the checkpoint's (the widest, where one stack mixes several). buffers: templates of
+    stored tensors that are no parameters. Missing, unexpected and mis-shaped tensors, or a tied duplicate that differs,
+    are one ValueError naming them all.
     """
-    derived = {names.stored(t.format(layer=layer)) for t in buffers for layer in range(names.depth)}
-    kept = [name for name in source.tensors if name in derived]
-    copies = {name: of for name, of in names.aliases.items() if name in source.tensors}
-    _check(source, names.bindings, kept, copies, where)
+    manifest = examine(source, names, where=where, buffers=buffers)
     arrays: dict[str, jax.Array] = {}
     dtypes = dict.fromkeys(leaves, dtype) if dtype else _stored_dtypes(source, names.bindings)
     done, total = 0, sum(_nbytes(source, name) for name in names.bindings)
@@ -85,14 +81,36 @@ def load(
         # Dispatch is asynchronous: without waiting, tensors that were read would pile up in memory.
         jax.block_until_ready([arrays[path] for path in binding.paths])
         on_bytes(_nbytes(source, name))
-    manifest = Manifest(
+    return {path: arrays[path] for path in leaves}, manifest
+
+
+def examine(source: Source, names: Names, *, where: str, buffers: Sequence[str] = ()) -> Manifest:
+    """The manifest of a checkpoint that fits the rules; ValueError as `load` raises it."""
+    derived = {names.stored(t.format(layer=layer)) for t in buffers for layer in range(names.depth)}
+    kept = [name for name in source.tensors if name in derived]
+    copies = {name: of for name, of in names.aliases.items() if name in source.tensors}
+    _check(source, names.bindings, kept, copies, where)
+    return Manifest(
         files=getattr(source, "headers", {}),
         tensors=dict(source.tensors),
         buffers={name: source.read(name) for name in kept},
         aliases=copies,
         index=getattr(source, "index", None),
     )
-    return {path: arrays[path] for path in leaves}, manifest
+
+
+def streamed(
+    source: Source, names: Names, manifest: Manifest, dtype: str | None
+) -> tuple[dict[str, tuple[np.dtype, Shape]], Callable[[str], np.ndarray]]:
+    """`stored` for a source that is written as it is read, without parameters between; safetensors keep their dtypes,
+    anything else is float32."""
+
+    def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
+        own = source.tensors[name].dtype if manifest.files else np.dtype(np.float32)
+        return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
+
+    specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
+    return specs, lambda name: _narrowed(source.read(name), specs[name][0], name)
 
 
 def stored(

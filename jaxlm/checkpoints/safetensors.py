@@ -121,7 +121,9 @@ class SafetensorsSource:
         while view.nbytes:
             count = os.preadv(file.fileno(), [view], begin)
             if count == 0:
-                raise ValueError(f"{self.tensors[name].file}: ends inside tensor {name!r}; the file has changed since it was opened")
+                raise ValueError(
+                    f"{self.tensors[name].file}: ends inside tensor {name!r}; the file has changed since it was opened"
+                )
             view, begin = view[count:], begin + count
 
     def close(self) -> None:

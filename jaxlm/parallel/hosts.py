@@ -4,15 +4,22 @@ one dies.
 All of it is `jax.distributed`: every process runs the same program, and sees its own devices and everyone's.
 """
 
+import contextlib
 import glob
 import logging
+import math
 import os
 import re
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+
+from jaxlm.parallel.sharding import RULES, spec
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +88,68 @@ def leads() -> bool:
 def spans_hosts(mesh: Mesh | None) -> bool:
     """Whether a mesh has devices of other processes."""
     return mesh is not None and mesh.is_multi_process
+
+
+def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of a batch's rows the devices of this process compute.
+
+    Processes with parts of one model have the same rows. ValueError where a process's rows do not lie together.
+    """
+    if not spans_hosts(mesh):
+        return 0, 1
+    assert mesh is not None
+    axes = dict(RULES)["batch"]
+    cuts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    placed = NamedSharding(mesh, spec(("batch",), (cuts,), mesh)[0]).devices_indices_map((cuts,))
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in placed.items():
+        rows.setdefault(device.process_index, set()).update(range(*part.indices(cuts)))
+    parts = sorted({(min(one), max(one) + 1) for one in rows.values()})
+    even = [(i * cuts // len(parts), (i + 1) * cuts // len(parts)) for i in range(len(parts))]
+    if parts != even or any(len(one) != cuts // len(parts) for one in rows.values()):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: its processes have rows {parts} of {cuts}, which are no equal parts"
+        )
+    mine = rows[jax.process_index()]
+    return parts.index((min(mine), max(mine) + 1)), len(parts)
+
+
+@contextlib.contextmanager
+def leader_first(what: str) -> Iterator[None]:
+    """The first process runs the block before the others do, who then find what it made."""
+    if not leads():
+        wait_for_all(what)
+    yield
+    if leads():
+        wait_for_all(what)
+
+
+def ends(step: int) -> bool:
+    """Whether a process has had SIGTERM, said to all of them after the same step; to be asked after every step."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """An error in the block ends this process at once, with exit code 1, where there are several.
+
+    Python would first wait for the others, who wait for this one in their next computation; so they see it leave.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as problem:
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
+            raise
+        where = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(problem, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(problem):
+            said = (str(problem).splitlines() or ["no reason given"])[0]
+            message = f"error: {where} has lost another one, and stops ({said}); the others stop too"
+        elif isinstance(problem, ValueError | OSError):
+            message = f"error: {where}: {problem}"
+        else:
+            message = f"{traceback.format_exc()}error: {where} stops"
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def wait_for_all(what: str) -> None:
