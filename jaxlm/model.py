@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm import adapted, inputs, scoring
-from jaxlm.checkpoints import files
 from jaxlm.checkpoints.export import staged, write_checkpoint
 from jaxlm.checkpoints.load import Names, Progress, flatten, stored
 from jaxlm.checkpoints.manifest import Manifest
@@ -26,7 +25,10 @@ from jaxlm.models.adapters import virtual
 from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family
 from jaxlm.models.view import Weights
-from jaxlm.opening import Opened
+from jaxlm.opening import Opened, write_files
+from jaxlm.parallel import hosts
+from jaxlm.parallel.mesh import within
+from jaxlm.parallel.sharding import everywhere
 from jaxlm.resize import resize_embeddings
 
 OUTPUTS = ("logits", "hidden", "all_hidden", "embeddings")
@@ -45,6 +47,7 @@ class Model:
     generation_config: dict[str, Any]
     runtime: Runtime
     layers: str = "auto"  # how layers run: stacked in scans, unrolled, or auto: unrolled on a single CPU device
+    mesh: Mesh | None = None  # over which the parameters are laid out
     opened: Opened | None = None  # where it was loaded from
     manifest: Manifest | None = None
     adapters: Adapters | None = None
@@ -128,9 +131,10 @@ class Model:
         valid = None if attention_mask is None else inputs.mask(attention_mask, tokens.shape)
         output = f"{output}:{pooling}" if output == "embeddings" else output
         params, adapters = self.calling()
-        return _forward(
-            self.family.backbone, self.config, self.runtime, output, rope_len, params, tokens, valid, adapters
-        )
+        with within(self.mesh):
+            return _forward(
+                self.family.backbone, self.config, self.runtime, output, rope_len, params, tokens, valid, adapters
+            )
 
     def generate(
         self,
@@ -245,7 +249,8 @@ class Model:
         """Writes config.json, generation_config.json, tokenizer files and safetensors that other programs read.
 
         dtype None gives every tensor its dtype in the loaded checkpoint back (from a .gguf file: the parameters' own).
-        The directory appears, or is replaced (overwrite=True), in one step at the end.
+        The directory appears, or is replaced (overwrite=True), in one step at the end. A tensor at a time is gathered
+        from the mesh; where that has several hosts all must call this, and the first one writes.
         """
         inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
         if self.adapters is not None:
@@ -253,23 +258,15 @@ class Model:
         arrays = flatten(self.params)
         names = tensor_names(self.family, self.config, arrays, () if self.manifest is None else self.manifest.tensors)
         tensors, read = stored(arrays, names, self.manifest, dtype)
-        with staged(directory, overwrite) as staging:
-            write_checkpoint(staging, tensors, read, self.manifest, max_shard_bytes, progress)
-            self._write_files(staging, dtype)
-
-    def _write_files(self, staging: Path, dtype: str | None) -> None:
-        config = self.hf_config
-        if dtype is not None:
-            config = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")} | {"dtype": dtype}
-        source = None if self.opened is None else self.opened.directory
-        for name, value in ((files.CONFIG, config), (files.GENERATION, self.generation_config)):
-            # Untouched files are copied, so that they too come back bit for bit.
-            if source and (source / name).exists() and files.read_json(source / name) == value:
-                shutil.copyfile(source / name, staging / name)
-            elif value:
-                files.write_json(staging / name, value)
-        if self.opened is not None:
-            self.opened.write_tokenizer(staging)
+        shared = hosts.spans_hosts(self.mesh)
+        if shared and not hosts.leads():
+            write_checkpoint(None, tensors, read, self.manifest, max_shard_bytes)
+        else:
+            with staged(directory, overwrite) as staging:
+                write_checkpoint(staging, tensors, read, self.manifest, max_shard_bytes, progress)
+                write_files(staging, self.hf_config, self.generation_config, self.opened, dtype)
+        if shared:
+            hosts.wait_for_all(f"saved {directory}")
 
     def _settings(self, options: Mapping[str, Any], ignore_fields: Sequence[str]) -> GenerationSettings:
         """Without a generation_config.json the special tokens are those of config.json, as transformers has it."""
@@ -291,6 +288,7 @@ class Model:
             virtual=self.virtual,
             rope_len=rope_len + self.virtual if any(rope.depends_on_length for rope in ropes) else None,
             logprobs=logprobs,
+            mesh=self.mesh,
         )
 
     def calling(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -359,10 +357,10 @@ def _forward(backbone, config, runtime, output: str, rope_len: int | None, param
         **both,
     )
     if output == "all_hidden":
-        return jnp.concatenate([x[None], aux["residual"]])
+        return everywhere(jnp.concatenate([x[None], aux["residual"]]))
     if output.startswith("embeddings"):
-        return _pool(hidden.astype(jnp.float32), valid, output.split(":")[1])
-    return hidden if output == "hidden" else backbone.head(config, params, hidden)
+        return everywhere(_pool(hidden.astype(jnp.float32), valid, output.split(":")[1]))
+    return everywhere(hidden if output == "hidden" else backbone.head(config, params, hidden))
 
 
 def _pool(hidden: jax.Array, valid: jax.Array | None, pooling: str) -> jax.Array:

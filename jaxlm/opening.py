@@ -1,4 +1,5 @@
-"""What a source is: a checkpoint directory, a .gguf file or a hub repository, opened without reading weights."""
+"""What a source is: a checkpoint directory, a .gguf file, a hub repository or a training run, opened without reading
+weights."""
 
 import dataclasses
 import shutil
@@ -39,6 +40,23 @@ class Opened:
                 shutil.copyfile(self.directory / name, directory / name)
 
 
+def write_files(
+    directory: Path, config: dict[str, Any], generation: dict[str, Any], opened: Opened | None, dtype: str | None
+) -> None:
+    """A checkpoint's files beside its weights; `dtype` is that of the weights, None where they have kept theirs."""
+    if dtype is not None:
+        config = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")} | {"dtype": dtype}
+    source = None if opened is None else opened.directory
+    for name, value in ((files.CONFIG, config), (files.GENERATION, generation)):
+        # Untouched files are copied, so that they too come back bit for bit.
+        if source and (source / name).exists() and files.read_json(source / name) == value:
+            shutil.copyfile(source / name, directory / name)
+        elif value:
+            files.write_json(directory / name, value)
+    if opened is not None:
+        opened.write_tokenizer(directory)
+
+
 def on_hub(source: str | Path) -> bool:
     """Whether a source is a repository on the hub: text of the form "org/name" that is no path here."""
     return isinstance(source, str) and hub.is_repo(source) and not Path(source).exists()
@@ -52,7 +70,9 @@ def open_checkpoint(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Opened:
-    """A directory with config.json, a .gguf file, or "org/name" on the hub, to which alone the options belong.
+    """A directory with config.json, a .gguf file, "org/name" on the hub, to which alone the options belong, or a run.
+
+    A run is the directory of `jaxlm train` (its last checkpoint), or one of the checkpoints in it.
 
     Anything else is an error that says what was found.
     """
@@ -70,7 +90,7 @@ def open_checkpoint(
     if path.suffix == ".gguf":
         return _open_gguf(path)
     if path.is_dir():
-        return _open_directory(path, str(path))
+        return _open_run(path) or _open_directory(path, str(path))
     if path.exists():
         raise ValueError(f"{path} is neither a checkpoint directory nor a .gguf file")
     raise FileNotFoundError(f"{source}: no such directory or .gguf file (a repository on the hub is named org/name)")
@@ -99,6 +119,37 @@ def _open_directory(path: Path, where: str) -> Opened:
         tokenizer=tokenizer,
         directory=path,
     )
+
+
+def _open_run(path: Path) -> Opened | None:
+    """A training run at its last checkpoint, or one of its checkpoints; None for another kind of directory."""
+    from jaxlm.checkpoints import run as runs
+
+    step = path if path.parent.name == runs.CHECKPOINTS and path.name.isdigit() else None
+    run = path if step is None else path.parent.parent
+    if not (run / runs.SETTINGS).is_file() or (path / "model.safetensors").exists():
+        return None
+    steps = runs.steps(run)
+    if step is None and not steps:
+        raise FileNotFoundError(f"{run} is a training run without a complete checkpoint")
+    state = (step or run / runs.CHECKPOINTS / str(steps[-1])) / runs.STATE
+    settings = runs.settings(run)
+    opened = _open_directory(run, f"{run} at step {state.parent.name}")
+    # What trains is float32, whatever the model was before; a config that said otherwise would narrow it when read.
+    hf = {k: v for k, v in opened.hf_config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": "float32"}
+
+    def source() -> Source:
+        from jaxlm.api import parameter_shapes
+        from jaxlm.model import tensor_names
+        from jaxlm.models.registry import family
+
+        fam = family(opened.model_type)
+        config = fam.config(hf, tuple(settings["ignore_fields"]))
+        frozen = open_checkpoint(settings["model"]).source() if settings["trainable"] != ["*"] else None
+        names = tensor_names(fam, config, parameter_shapes(fam, config), frozen.tensors if frozen else ())
+        return runs.RunSource(state, names, frozen)
+
+    return dataclasses.replace(opened, hf_config=hf, source=source)
 
 
 def _open_gguf(path: Path) -> Opened:

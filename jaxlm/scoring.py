@@ -12,6 +12,8 @@ import numpy as np
 
 from jaxlm import inputs
 from jaxlm.generation.loop import bucket, pad_rows
+from jaxlm.parallel.mesh import within
+from jaxlm.parallel.sharding import everywhere
 
 if TYPE_CHECKING:
     from jaxlm.model import Model
@@ -44,7 +46,8 @@ def score(model: "Model", tokens: Any, attention_mask: Any = None, rope_len: int
         raise ValueError(f"tokens have shape {tokens.shape}: expected at least two in a row, the first is given")
     valid = None if attention_mask is None else inputs.mask(attention_mask, tokens.shape)
     params, adapters = model.calling()
-    return _score(model.family.backbone, model.config, model.runtime, rope_len, params, tokens, valid, adapters)
+    with within(model.mesh):
+        return _score(model.family.backbone, model.config, model.runtime, rope_len, params, tokens, valid, adapters)
 
 
 def score_rows(
@@ -142,7 +145,7 @@ def _score(backbone, config, runtime, rope_len: int | None, params, tokens, vali
     if valid is not None:
         both = valid[:, 1:] & valid[:, :-1]
         logprobs, likeliest = jnp.where(both, logprobs, 0), likeliest & both
-    return logprobs, likeliest
+    return everywhere((logprobs, likeliest))
 
 
 def _in_chunks(chunk, arrays):

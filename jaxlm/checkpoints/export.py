@@ -211,7 +211,7 @@ def _sync(path: Path) -> None:
 
 
 def write_checkpoint(
-    staging: Path,
+    staging: Path | None,
     tensors: Mapping[str, tuple[Any, tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
     manifest: Manifest | None = None,
@@ -223,6 +223,7 @@ def write_checkpoint(
     The manifest adds its buffers and the duplicates that it names. When every tensor then has its old dtype and shape,
     the files come out as they were, byte for byte; otherwise they are cut at `max_shard_bytes` and named as the
     transformers package names them. `read(name)` gives a tensor in its dtype; `progress` is told (bytes done, all).
+    Without `staging` every tensor is read as it would be, and nothing is written (`write_file`).
     """
     wanted, read = _complete(tensors, read, manifest)
     if not wanted:
@@ -251,9 +252,9 @@ def write_checkpoint(
     metadata = _metadata(manifest)
     for file, names in files.items():
         # A single file without an index is found only under its standard name.
-        path = staging / (SINGLE if index is None else file)
+        path = None if staging is None else staging / (SINGLE if index is None else file)
         write_file(path, [(name, *wanted[name]) for name in names], metadata, read, kept.get(file), on_tensor)
-    if index is not None:
+    if staging is not None and index is not None:
         (staging / INDEX).write_bytes(index)
 
 

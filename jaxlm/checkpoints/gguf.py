@@ -8,14 +8,14 @@ few of them (rows of q and k permuted, Gemma's norms stored as 1 + w, experts st
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxlm.checkpoints.gguf_header import Stored, parse
-from jaxlm.checkpoints.source import TensorInfo
+from jaxlm.checkpoints.source import Box, TensorInfo, box_of_rows
 
 
 class GgufFile:
@@ -171,6 +171,10 @@ class GgufSource:
         if rule.offset:
             values = (values.astype(np.float32) + np.float32(rule.offset)).astype(values.dtype)
         return values
+
+    def read_box(self, name: str, begin: int, shape: Sequence[int], box: Box) -> np.ndarray:
+        """A box of the tensor's elements; whole rows are dequantized."""
+        return box_of_rows(self, name, begin, shape, box)
 
     def _first_line(self, name: str, rule: GgufTensor, expert: int | None) -> int:
         stored = self.file.tensors[name]

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from jaxlm.checkpoints import sharded
 from jaxlm.checkpoints.manifest import Manifest
 from jaxlm.checkpoints.rules import Alias, AnyRule, Binding, Shape, bind
 from jaxlm.checkpoints.source import Source
@@ -47,38 +49,68 @@ def load(
     buffers: Sequence[str] = (),
     dtype: str | None = None,
     progress: Progress | None = None,
+    shardings: Mapping[str, NamedSharding] | None = None,
 ) -> tuple[dict[str, jax.Array], Manifest]:
     """{path: stacked array} for every leaf, and the manifest that `save` needs.
 
-    dtype: of the parameters; None keeps the checkpoint's (the widest, where one stack mixes several). buffers:
-    templates of stored tensors that are no parameters. Missing, unexpected and mis-shaped tensors, or a tied duplicate
-    that differs, are one ValueError naming them all.
+    shardings: {path: where its array goes}; then this host reads what its own devices hold, and nothing else. dtype: of
+    the parameters; None keeps the checkpoint's (the widest, where one stack mixes several). buffers: templates of
+    stored tensors that are no parameters. Missing, unexpected and mis-shaped tensors, or a tied duplicate that differs,
+    are one ValueError naming them all.
     """
+    manifest = examine(source, names, where=where, buffers=buffers)
+    arrays: dict[str, jax.Array] = {}
+    dtypes = dict.fromkeys(leaves, dtype) if dtype else _stored_dtypes(source, names.bindings)
+    done, total = 0, sum(_nbytes(source, name) for name in names.bindings)
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    def checked(raw: np.ndarray, name: str) -> np.ndarray:
+        if dtype == "float16":
+            _narrowed(raw, np.dtype(np.float16), name)
+        return raw
+
+    if shardings is not None:
+        arrays = sharded.fill(source, names.bindings, leaves, shardings, dtypes, checked, on_bytes)
+    for name, binding in names.bindings.items() if shardings is None else ():
+        _fill(arrays, binding, checked(source.read(name), name), leaves, dtypes)
+        # Dispatch is asynchronous: without waiting, tensors that were read would pile up in memory.
+        jax.block_until_ready([arrays[path] for path in binding.paths])
+        on_bytes(_nbytes(source, name))
+    return {path: arrays[path] for path in leaves}, manifest
+
+
+def examine(source: Source, names: Names, *, where: str, buffers: Sequence[str] = ()) -> Manifest:
+    """The manifest of a checkpoint that fits the rules; ValueError as `load` raises it."""
     derived = {names.stored(t.format(layer=layer)) for t in buffers for layer in range(names.depth)}
     kept = [name for name in source.tensors if name in derived]
     copies = {name: of for name, of in names.aliases.items() if name in source.tensors}
     _check(source, names.bindings, kept, copies, where)
-    arrays: dict[str, jax.Array] = {}
-    dtypes = dict.fromkeys(leaves, dtype) if dtype else _stored_dtypes(source, names.bindings)
-    done, total = 0, sum(_nbytes(source, name) for name in names.bindings)
-    for name, binding in names.bindings.items():
-        raw = source.read(name)
-        if dtype == "float16":
-            _narrowed(raw, np.dtype(np.float16), name)
-        _fill(arrays, binding, raw, leaves, dtypes)
-        # Dispatch is asynchronous: without waiting, tensors that were read would pile up in memory.
-        jax.block_until_ready([arrays[path] for path in binding.paths])
-        done += _nbytes(source, name)
-        if progress:
-            progress(done, total)
-    manifest = Manifest(
+    return Manifest(
         files=getattr(source, "headers", {}),
         tensors=dict(source.tensors),
         buffers={name: source.read(name) for name in kept},
         aliases=copies,
         index=getattr(source, "index", None),
     )
-    return {path: arrays[path] for path in leaves}, manifest
+
+
+def streamed(
+    source: Source, names: Names, manifest: Manifest, dtype: str | None
+) -> tuple[dict[str, tuple[np.dtype, Shape]], Callable[[str], np.ndarray]]:
+    """`stored` for a source that is written as it is read, without parameters between; safetensors keep their dtypes,
+    anything else is float32."""
+
+    def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
+        own = source.tensors[name].dtype if manifest.files else np.dtype(np.float32)
+        return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
+
+    specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
+    return specs, lambda name: _narrowed(source.read(name), specs[name][0], name)
 
 
 def stored(
@@ -104,8 +136,10 @@ def stored(
 
 
 def _element(stack: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """One element of a stack on the host; on a CPU it shares the stack's memory."""
-    if all(device.platform == "cpu" for device in stack.devices()):
+    """One element of a stack on the host; on a single CPU device it shares the stack's memory."""
+    if len(stack.sharding.device_set) > 1:
+        return sharded.element(stack, index)
+    if next(iter(stack.devices())).platform == "cpu":
         return np.asarray(stack)[index]
     return np.asarray(stack[index])
 
@@ -201,12 +235,14 @@ def _nbytes(source: Source, name: str) -> int:
 
 
 def _equal(source: Source, a: str, b: str) -> bool:
-    """Whether two tensors are the same, bit for bit, a few rows at a time."""
+    """Whether two tensors are the same, bit for bit, a few rows at a time; of several processes each takes a share."""
     first, second = source.tensors[a], source.tensors[b]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     step = max(1, _BLOCK // max(1, _nbytes(source, a) // max(1, first.shape[0])))
-    blocks = (slice(i, min(i + step, first.shape[0])) for i in range(0, first.shape[0], step))
+    count = jax.process_count()
+    begin, end = (first.shape[0] * i // count for i in (jax.process_index(), jax.process_index() + 1))
+    blocks = (slice(i, min(i + step, end)) for i in range(begin, end, step))
     return all(source.read(a, rows).tobytes() == source.read(b, rows).tobytes() for rows in blocks)
 
 

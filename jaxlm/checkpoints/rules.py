@@ -14,7 +14,33 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from einops import rearrange
 
+from jaxlm.checkpoints.source import Box
+
 Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the elements of one leaf lie in a stored tensor: from its element `begin` on, as an array of `shape`.
+
+    axes: which axis of the leaf each axis of `shape` is; None for the one that tells interleaved leaves apart, on which
+    this leaf is at `at`.
+    """
+
+    begin: int
+    shape: Shape
+    axes: tuple[int | None, ...]
+    at: int = 0
+
+    def box(self, wanted: Box) -> Box:
+        """The box of `shape` that holds a box of the leaf."""
+        return tuple((self.at, self.at + 1) if axis is None else wanted[axis] for axis in self.axes)
+
+    def to_leaf(self, x):
+        """The values of a box, as the leaf has them."""
+        mine = [i for i, axis in enumerate(self.axes) if axis is not None]
+        x = x.reshape([x.shape[i] for i in mine])
+        return x.transpose(sorted(range(len(mine)), key=lambda i: self.axes[mine[i]]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +64,9 @@ class Rule:
     def join(self, parts: Sequence):
         return _backward(parts[0], self.pattern)
 
+    def layouts(self, shapes: Sequence[Shape]) -> tuple[Layout, ...]:
+        return (_layout(self.pattern, shapes[0]),)
+
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
@@ -55,6 +84,11 @@ class Interleaved:
 
     def join(self, parts: Sequence):
         return _backward(np.stack(parts), self.pattern)
+
+    def layouts(self, shapes: Sequence[Shape]) -> tuple[Layout, ...]:
+        whole = _layout(self.pattern, (len(self.paths), *shapes[0]))
+        axes = tuple(axis - 1 if axis else None for axis in whole.axes if axis is not None)
+        return tuple(Layout(0, whole.shape, axes, i) for i in range(len(self.paths)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +117,11 @@ class Concat:
     def join(self, parts: Sequence):
         return np.concatenate([_backward(x, pattern) for (_, pattern), x in zip(self.parts, parts, strict=True)])
 
+    def layouts(self, shapes: Sequence[Shape]) -> tuple[Layout, ...]:
+        made = [_layout(pattern, shape) for (_, pattern), shape in zip(self.parts, shapes, strict=True)]
+        begins = itertools.accumulate((math.prod(one.shape) for one in made), initial=0)
+        return tuple(dataclasses.replace(one, begin=begin) for one, begin in zip(made, begins, strict=False))
+
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
@@ -108,6 +147,10 @@ class Binding:
     @property
     def stored_shape(self) -> Shape:
         return self.rule.stored_shape(self.shapes)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return self.rule.layouts(self.shapes)
 
 
 def bind(rules: Sequence[AnyRule], leaves: Mapping[str, Shape], groups: Sequence[str]) -> dict[str, Binding]:
@@ -188,6 +231,15 @@ def _stored(pattern: str | None, shape: Shape) -> Shape:
         return shape
     sizes = _sizes(pattern, shape)
     return tuple(math.prod(sizes[a] for a in axes) for axes in sides(pattern)[0])
+
+
+def _layout(pattern: str | None, shape: Shape) -> Layout:
+    if pattern is None:
+        return Layout(0, shape, tuple(range(len(shape))))
+    stored, ours = sides(pattern)
+    axes = tuple(ours.index(name) for group in stored for name in group)
+    _sizes(pattern, shape)
+    return Layout(0, tuple(shape[axis] for axis in axes), axes)
 
 
 def _forward(x, pattern: str | None, shape: Shape):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.checkpoints.safetensors_header import make_header, parse_header, parse_json, some
-from jaxlm.checkpoints.source import TensorInfo
+from jaxlm.checkpoints.source import Box, TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -99,13 +99,32 @@ class SafetensorsSource:
             begin += start * math.prod(shape[1:]) * info.dtype.itemsize
             shape = (stop - start, *shape[1:])
         array = np.empty(shape, info.dtype)
-        view, file = _bytes(array), self._files[info.file]
+        self._fill(_bytes(array), begin, name)
+        return array
+
+    def read_box(self, name: str, begin: int, shape: Sequence[int], box: Box) -> np.ndarray:
+        """A box of the elements from `begin` on, seen as an array of `shape`; reads the box's bytes and no others."""
+        info = self.tensors[name]
+        if begin + math.prod(shape) > math.prod(info.shape) or not _within(box, shape):
+            raise ValueError(f"tensor {name!r} of shape {info.shape} has no box {box} of {shape} from element {begin}")
+        array = np.empty([stop - start for start, stop in box], info.dtype)
+        view, size, done = _bytes(array), info.dtype.itemsize, 0
+        starts, run = _runs(shape, box)
+        for start in (self._begins[name] + (starts + begin) * size).tolist():
+            self._fill(view[done : done + run * size], start, name)
+            done += run * size
+        return array
+
+    def _fill(self, view: memoryview, begin: int, name: str) -> None:
+        """Reads the bytes from `begin` on."""
+        file = self._files[self.tensors[name].file]
         while view.nbytes:
             count = os.preadv(file.fileno(), [view], begin)
             if count == 0:
-                raise ValueError(f"{info.file}: ends inside tensor {name!r}; the file has changed since it was opened")
+                raise ValueError(
+                    f"{self.tensors[name].file}: ends inside tensor {name!r}; the file has changed since it was opened"
+                )
             view, begin = view[count:], begin + count
-        return array
 
     def close(self) -> None:
         for file in self._files.values():
@@ -132,6 +151,26 @@ def _bounds(name: str, shape: tuple[int, ...], rows: slice) -> tuple[int, int]:
     if rows.step not in (None, 1) or not 0 <= start <= stop <= shape[0]:
         raise ValueError(f"tensor {name!r} has {shape[0]} rows: {rows} is not a contiguous range of them")
     return start, stop
+
+
+def _within(box: Box, shape: Sequence[int]) -> bool:
+    return len(box) == len(shape) and all(0 <= a <= b <= size for (a, b), size in zip(box, shape, strict=True))
+
+
+def _runs(shape: Sequence[int], box: Box) -> tuple[np.ndarray, int]:
+    """The elements at which the contiguous runs of a box begin, in order, and how many elements each has."""
+    outer = len(shape)
+    while outer and box[outer - 1] == (0, shape[outer - 1]):
+        outer -= 1
+    strides = [math.prod(shape[i + 1 :]) for i in range(outer)]
+    first, run = 0, math.prod(shape)
+    if outer:  # the last axis that is cut is contiguous within the runs
+        start, stop = box[outer - 1]
+        first, run = start * strides[-1], (stop - start) * strides[-1]
+    starts = np.array([first], np.int64)
+    for (start, stop), stride in zip(box[: max(0, outer - 1)], strides, strict=False):
+        starts = (starts[:, None] + np.arange(start, stop, dtype=np.int64) * stride).reshape(-1)
+    return starts, run
 
 
 def _locate(path: Path) -> tuple[Path, list[str], bytes | None]:
@@ -220,7 +259,7 @@ def _raw_header(file: io.FileIO) -> tuple[bytes, int, str | None]:
 
 
 def write_file(
-    path: Path,
+    path: Path | None,
     header: Iterable[tuple[str, Any, Sequence[int]]],
     metadata: Mapping[str, str],
     read: Callable[[str], np.ndarray],
@@ -231,6 +270,8 @@ def write_file(
 
     With `raw_header`, which must describe the same tensors, that header is written verbatim and its order kept.
     `on_tensor` is told each tensor's bytes. ValueError if an array is not as the header says; OSError names the file.
+    Without a path every tensor is read, in the same order, and nothing written: where several processes make each
+    tensor together, that is what those do that do not write.
     """
     header = list(header)
     wanted = {name: (np.dtype(dtype), tuple(shape)) for name, dtype, shape in header}
@@ -239,9 +280,14 @@ def write_file(
     entries, _, problems = parse_header(raw, total)
     if problems or {name: (entry.dtype, entry.shape) for name, entry in entries.items()} != wanted:
         raise ValueError(f"{path}: the header given describes other tensors{''.join(f'; {p}' for p in problems)}")
+    order = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
+    if path is None:
+        for name in order:
+            read(name)
+        return
     with open(path, "xb", buffering=0) as file:
         _write(file, memoryview(len(raw).to_bytes(8, "little") + raw))
-        for name in sorted(entries, key=lambda name: (entries[name].begin, entries[name].end)):
+        for name in order:
             _write_tensor(file, name, read, *wanted[name])
             if on_tensor:
                 on_tensor(entries[name].end - entries[name].begin)

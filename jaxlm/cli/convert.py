@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from jaxlm.cli.console import Dtype, IgnoreFields, Option, Source, err, load, progress, size
+from jaxlm.cli.console import Dtype, IgnoreFields, Option, Source, err, fetch, progress, size
 
 
 def convert(
@@ -18,17 +18,20 @@ def convert(
 ) -> int:
     """Writes a checkpoint as Hugging Face safetensors with its config, tokenizer and template files.
 
-    Without --dtype a safetensors checkpoint comes out bit for bit; a GGUF file is dequantized to float32.
+    Without --dtype a safetensors checkpoint comes out bit for bit; a GGUF file is dequantized to float32. The directory
+    of a `jaxlm train` run is its last checkpoint, RUN/checkpoints/STEP an earlier one. One tensor is in memory at a
+    time.
 
     Example: jaxlm convert SmolLM2.gguf SmolLM2-bf16 --dtype bfloat16
     """
     directory = Path(out)
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
         raise ValueError(f"{out} exists and is not empty: choose another directory, or add --overwrite")
-    model = load(source, None, ignore_fields)
-    start = time.perf_counter()
+    from jaxlm import api
+
+    found, start = fetch(source), time.perf_counter()
     with progress(f"writing {out}") as step:
-        model.save(directory, dtype=dtype, overwrite=overwrite, progress=step)
+        api.convert(found, directory, dtype=dtype, overwrite=overwrite, ignore_fields=ignore_fields, progress=step)
     files = sorted(directory.glob("*.safetensors"))
     written = size(sum(file.stat().st_size for file in files))
     err.print(

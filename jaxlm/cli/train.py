@@ -20,11 +20,17 @@ def train(
     *,
     show: Annotated[bool, Option(help="print all settings as YAML, defaults included, and stop")] = False,
     dry_run: Annotated[bool, Option(help="prepare the data and print the plan, and stop")] = False,
+    coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help="where process 0 is reached")] = None,
+    processes: Annotated[int | None, Option(metavar="N", help="how many processes run together")] = None,
+    process_id: Annotated[int | None, Option(metavar="I", help="which of them this is, from 0")] = None,
 ) -> int:
     """Trains a model: goes on from the newest checkpoint under `out`, writes metrics there and, at the end, the model.
 
     The file needs model (a checkpoint, or a config.json to begin from scratch with), out and data.train (a cache of
     `jaxlm prepare`, or a source for it). SIGTERM saves and exits; the same command then goes on.
+
+    On several hosts, start the same command on each: under SLURM, Open MPI, GKE and on TPU pods they find each other,
+    elsewhere --coordinator, --processes and --process-id say how. `out` and the data are on a file system they share.
 
     Example: jaxlm train run.yaml optim.rate=1e-4 steps=1000
     """
@@ -36,9 +42,21 @@ def train(
     if show:
         out.file.write(yaml.safe_dump(plain(chosen), sort_keys=False))
         return 0
+    from jaxlm.parallel import hosts
+
+    hosts.initialize(coordinator, processes, process_id)
+    with hosts.failing_together():
+        return _run(chosen, dry_run, hosts.leads())
+
+
+def _run(chosen, dry_run: bool, leads: bool) -> int:
+    """Trains; only the first of several processes says anything."""
     from jaxlm.train.loop import Run
     from jaxlm.train.setup import setup
 
+    if not leads:
+        job = setup(chosen)
+        return 0 if dry_run or Run(job).train().ended != "SIGTERM" else 143
     with contextlib.ExitStack() as bars:
         job = setup(chosen, lambda label: bars.enter_context(progress(label, in_bytes=False)))
     out.print(facts(job.plan()), highlight=False)

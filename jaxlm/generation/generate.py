@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxlm.generation.loop import Plan, State, bucket, decode, pad_rows, prefill, stream
 from jaxlm.generation.streaming import StopFilter, TextStream, first_stop
+from jaxlm.parallel.mesh import within
 
 CHECK_EVERY = 16  # tokens between two looks for stop strings
 
@@ -64,7 +65,8 @@ def generate(
     """
     tokens, lengths = pad_rows(rows, min(bucket(max(map(len, rows))), plan.length, plan.config.max_context), plan.pad)
     start = time.perf_counter()
-    state = prefill(plan, params, tokens, lengths, jax.random.key(seed), samples)
+    with within(plan.mesh):
+        state = prefill(plan, params, tokens, lengths, jax.random.key(seed), samples)
     state["step"].block_until_ready()
     spent = time.perf_counter() - start
     return finish(
@@ -85,12 +87,13 @@ def finish(
 ) -> tuple[list[Generation], State]:
     """Decodes to the end after a prefill of (tokens, seconds); what came of each row, and the state."""
     start = time.perf_counter()
-    if emit is not None:
-        state = _streamed(plan, params, state, limit, stop, tokenizer, emit)
-    elif stop:
-        state = _checked(plan, params, state, limit, stop, tokenizer)
-    elif limit > 1:
-        state, _ = decode(plan, params, state, limit)
+    with within(plan.mesh):
+        if emit is not None:
+            state = _streamed(plan, params, state, limit, stop, tokenizer, emit)
+        elif stop:
+            state = _checked(plan, params, state, limit, stop, tokenizer)
+        elif limit > 1:
+            state, _ = decode(plan, params, state, limit)
     out = np.asarray(state["out"])
     drawn = min(int(state["step"]), limit)
     logprobs = np.zeros_like(out, np.float32) if state["logprobs"] is None else np.asarray(state["logprobs"])

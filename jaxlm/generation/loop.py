@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxlm.generation.sampling import Sampling, sample
+from jaxlm.parallel.sharding import everywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Plan:
     length: int  # positions the cache holds, beside virtual tokens
     rope_len: int | None = None  # for RoPE whose frequencies depend on the length: prompt plus new tokens
     virtual: int = 0  # tokens that stand before the first: params["adapters"] has them
+    mesh: Mesh | None = None  # over which the parameters are laid out; callers put it in force
     logprobs: bool = False  # keep the log-probability of each token drawn, before temperature and filters
 
 
@@ -79,7 +82,7 @@ def decode(plan: Plan, params: Any, state: State, until: int | Array) -> tuple[S
         return _append(plan, state | {"cache": cache, "position": state["position"] + 1}, logits[:, 0])
 
     state = jax.lax.while_loop(going, step, state)
-    return state, jax.lax.dynamic_index_in_dim(state["out"], state["step"] - 1, 1, keepdims=False)
+    return state, everywhere(jax.lax.dynamic_index_in_dim(state["out"], state["step"] - 1, 1, keepdims=False))
 
 
 def _extend(plan: Plan, params: Any, state: State, tokens: Array, lengths: Array, samples: int = 1) -> State:
@@ -137,7 +140,7 @@ def _append(plan: Plan, state: State, logits: Array) -> State:
     if logprobs is not None:
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[:, None], 1)[:, 0]
         logprobs = put(logprobs, jnp.where(state["done"], 0, chosen))
-    return state | {
+    rest = {
         "out": put(state["out"], token),
         "logprobs": logprobs,
         "step": state["step"] + 1,
@@ -145,6 +148,7 @@ def _append(plan: Plan, state: State, logits: Array) -> State:
         "key": key,
         "seen": seen,
     }
+    return state | everywhere(rest)
 
 
 def pad_rows(rows: Sequence[np.ndarray], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlm.generation.generate import Generation, finish
 from jaxlm.generation.loop import Plan, State, bucket, extend, pad_rows, prefill
+from jaxlm.parallel.mesh import within
 
 
 class Session:
@@ -65,9 +66,11 @@ class Session:
         if plan and state and 0 < known < len(ids) and begun and len(ids) + limit <= plan.length:
             self.reused = known
             tokens, lengths = pad_rows([np.array(ids[known:])], min(bucket(len(ids) - known), self.context), plan.pad)
-            return plan, extend(plan, self.params(), state, tokens, lengths)
+            with within(plan.mesh):
+                return plan, extend(plan, self.params(), state, tokens, lengths)
         self.reused = 0
         self.plan = plan = self.make_plan(min(self.context, 2 * bucket(len(ids) + limit)))
         tokens, lengths = pad_rows([np.array(ids)], min(bucket(len(ids)), plan.length), plan.pad)
         self.key, key = jax.random.split(self.key)
-        return plan, prefill(plan, self.params(), tokens, lengths, key)
+        with within(plan.mesh):
+            return plan, prefill(plan, self.params(), tokens, lengths, key)

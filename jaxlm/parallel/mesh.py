@@ -1,8 +1,9 @@
 """Device meshes from preset strings such as "fsdp=4,tensor=2"."""
 
+import contextlib
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,16 @@ def parse_preset(preset: str) -> dict[str, int]:
             raise ValueError(f"mesh {preset!r}: {name} is given twice")
         sizes[name] = int(size)
     return sizes
+
+
+@contextlib.contextmanager
+def within(mesh: Mesh | None) -> Iterator[None]:
+    """The mesh in force, so that what is computed is laid out over it; nothing without one, or where it is already."""
+    if mesh is None or jax.sharding.get_abstract_mesh() == mesh.abstract_mesh:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
 
 
 def make_mesh(preset: str, devices: Sequence[Any] | None = None) -> Mesh:

@@ -58,6 +58,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, jax.sharding.get_abstract_mesh())[0])
 
 
+def everywhere(tree: Tree) -> Tree:
+    """The arrays, each whole on every device of the mesh in force, so that every host can read them."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree) if sizes() else tree
+
+
 def spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules = RULES
 ) -> tuple[PartitionSpec, list[tuple[str, int, int]]]:

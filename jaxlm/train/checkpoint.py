@@ -13,13 +13,18 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxlm.checkpoints.run import shard_axes
+from jaxlm.train.partition import by_path
 from jaxlm.train.step import TrainState
 
 METRIC = "eval_loss"
 
 
 class Checkpoints:
-    """The checkpoints under a directory: the newest `keep` are kept, and the one with the least evaluation loss."""
+    """The checkpoints under a directory: the newest `keep` are kept, and the one with the least evaluation loss.
+
+    With several processes all of them call every method together; each writes what its devices hold.
+    """
 
     def __init__(self, directory: Path, keep: int = 2):
         logging.getLogger("absl").setLevel(logging.WARNING)
@@ -35,9 +40,13 @@ class Checkpoints:
 
     def save(self, state: TrainState, about: dict[str, Any], eval_loss: float | None = None) -> None:
         """Begins to save; returns when the arrays are copied. about: JSON that comes back with the state."""
+        tree = _tree(state)
+        apart = {"trainable": by_path(state.trainable, lambda path: ocp.SaveArgs(shard_axes=shard_axes(path)))}
+        rest = {name: jax.tree.map(lambda _: ocp.SaveArgs(), part) for name, part in tree.items()}
+        saved = ocp.args.StandardSave(tree, save_args=rest | apart)
         self._manager.save(
             int(state.step),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), about=ocp.args.JsonSave(about)),
+            args=ocp.args.Composite(state=saved, about=ocp.args.JsonSave(about)),
             metrics=None if eval_loss is None else {METRIC: eval_loss},
             force=True,
         )
@@ -56,7 +65,10 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """A state like `state` (its shapes, dtypes and shardings) with the values saved, and what was said about it."""
+        """A state like `state` (its shapes, dtypes and shardings) with the values saved, and what was said about it.
+
+        On however many devices and processes, and over whatever mesh, they were saved.
+        """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(state))
         found = self._manager.restore(
             self.latest if step is None else step,

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxlm.checkpoints.files import CONFIG, GENERATION, write_json
+from jaxlm.checkpoints.run import CHECKPOINTS, SETTINGS
+from jaxlm.parallel import hosts
 from jaxlm.train.adapters import Lora
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.config import plain
@@ -26,7 +29,7 @@ FINAL, ADAPTER = "model", "adapter"
 class Callback(Protocol):
     """What may be told of a run; everything is a Python number by then, and nothing waits for the device.
 
-    `run.stop("why")` ends it after the present step.
+    `run.stop("why")` ends it after the present step; with several processes all must say so, at the same step.
     """
 
     def on_log(self, run: "Run", step: int, values: dict[str, float]) -> None: ...
@@ -71,7 +74,10 @@ class Run:
         self.out = Path(job.config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self._check_settings()
-        self.checkpoints = Checkpoints(self.out / "checkpoints", job.config.keep)
+        hosts.wait_for_all("settings checked")
+        if hosts.leads():
+            self._describe()
+        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, job.config.keep)
         clip = job.config.optim.clip or None
         step = make_train_step(
             job.loss, job.optimizer, job.settings, clip=clip, shardings=job.shardings, gradients=job.gradients
@@ -91,7 +97,7 @@ class Run:
         if self.checkpoints.latest is not None:
             state, about = self.checkpoints.restore(state)
             self.memory, start = _Memory(**about["memory"]), int(state.step)
-        self._sinks: list[Sink] = sinks(config.report, self.out, plain(config))
+        self._sinks: list[Sink] = sinks(config.report, self.out, plain(config)) if hosts.leads() else []
         with self._sigterm():
             state, step = self._steps(state, start)
         ended = self._why or "done"
@@ -103,7 +109,7 @@ class Run:
         exported = None if ended == "SIGTERM" else self._export(state)
         for sink in self._sinks:
             sink.close()
-        if (self.out / "metrics.jsonl").is_file():
+        if hosts.leads() and (self.out / "metrics.jsonl").is_file():
             plot(self.out / "metrics.jsonl", self.out / "loss.png")
         result = Result(step, ended, self.memory.loss, self.memory.eval_loss, self.checkpoints.best, exported)
         self._tell("on_end", result)
@@ -122,6 +128,8 @@ class Run:
                 state, metrics = self.step_function(state, batch)
             window.append(metrics)
             step += 1
+            if hosts.ends(step):
+                self.stop("SIGTERM")
             if self.on_step:
                 self.on_step(step, steps)
             if step % config.log_every == 0 or step == steps:
@@ -211,41 +219,50 @@ class Run:
         model = job.model.with_params(variables["params"])
         if job.adapter is not None:
             model = model.with_adapters(variables["adapters"], job.adapter)
-            model.save_adapters(self.out / ADAPTER, overwrite=True)
+            if hosts.leads():
+                model.save_adapters(self.out / ADAPTER, overwrite=True)
             if not isinstance(job.adapter, Lora):
                 return self.out / ADAPTER  # virtual tokens are no part of the weights
             model = model.merge_adapters()
         model.save(out, overwrite=True)
-        if job.config.tokenizer:
+        if job.config.tokenizer and hosts.leads():
             load_tokenizer(job.config.tokenizer).save_pretrained(str(out))
         return out
 
-    def _check_settings(self) -> None:
-        """Writes the settings down; ValueError where the directory holds a run that these would not continue."""
+    def _describe(self) -> None:
+        """Writes down the settings, and what reading a checkpoint of this run takes: config.json and tokenizer."""
         import yaml
 
-        file, mine = self.out / "config.yaml", plain(self.job.config)
+        from jaxlm.data.prepare import load_tokenizer
+
+        job = self.job
+        described = yaml.safe_dump(plain(job.config), sort_keys=False)
+        (self.out / SETTINGS).write_text(described, encoding="utf-8")
+        write_json(self.out / CONFIG, job.model.hf_config)
+        if job.model.generation_config:
+            write_json(self.out / GENERATION, job.model.generation_config)
+        if job.config.tokenizer:
+            load_tokenizer(job.config.tokenizer).save_pretrained(str(self.out))
+        elif job.model.opened is not None:
+            job.model.opened.write_tokenizer(self.out)
+
+    def _check_settings(self) -> None:
+        """ValueError where the directory holds a run that these settings would not continue."""
+        import yaml
+
+        file, mine = self.out / SETTINGS, plain(self.job.config)
         if file.is_file():
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             if not self.job.config.resume:
                 raise ValueError(f"{self.out} holds a run already: choose another `out`, or let it resume")
             free = {
-                "out",
-                "log_every",
-                "keep",
-                "report",
-                "profile",
-                "resume",
-                "save_every",
-                "patience",
-                "zero",
+                "out", "log_every", "keep", "report", "profile", "resume", "save_every", "patience", "mesh", "zero",
                 "offload",
-            }
+            }  # fmt: skip
             changed = [name for name in mine if name not in free and before.get(name) != mine[name]]
             if changed:
                 said = ", ".join(f"{name}: {before.get(name)!r} -> {mine[name]!r}" for name in changed)
                 raise ValueError(f"{self.out} holds a run with other settings, which would not go on: {said}")
-        file.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         for sink in self._sinks:
@@ -257,7 +274,13 @@ class Run:
 
     @contextlib.contextmanager
     def _sigterm(self) -> Iterator[None]:
-        """SIGTERM, as a cluster sends it before it takes a machine away, ends the run after the step, and saves."""
+        """SIGTERM, as a cluster sends it before it takes a machine away, ends the run after the step, and saves.
+
+        With several processes jax has a handler of its own, by which all of them end after the same step.
+        """
+        if jax.process_count() > 1:
+            yield
+            return
         try:
             before = signal.signal(signal.SIGTERM, lambda *_: self.stop("SIGTERM"))
         except ValueError:  # not the main thread, which alone may handle signals

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.parallel import hosts
 from jaxlm.parallel.sharding import RULES, SPREAD, Replicated, Rules, batch_shardings, shardings
 from jaxlm.train.partition import join
 from jaxlm.train.step import Batch, Gradients, TrainState
@@ -104,13 +105,16 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None, lead: int = 0) 
     """A host's share of a batch as global arrays on the mesh; as it is without one."""
     if mesh is None:
         return batch  # type: ignore[return-value]
-    hosts = jax.process_count()
+    _, shares = hosts.share_of_rows(mesh)
     shapes = {
-        name: np.broadcast_to(np.int8(0), (*a.shape[:lead], a.shape[lead] * hosts, *a.shape[lead + 1 :]))
+        name: np.broadcast_to(np.int8(0), (*a.shape[:lead], a.shape[lead] * shares, *a.shape[lead + 1 :]))
         for name, a in batch.items()
     }
     wanted = batch_shardings(shapes, mesh, lead)
-    return {name: jax.make_array_from_process_local_data(wanted[name], a) for name, a in batch.items()}
+    # The whole shape is given: hosts that hold the same rows (of a model cut over hosts) must not be counted twice.
+    return {
+        name: jax.make_array_from_process_local_data(wanted[name], a, shapes[name].shape) for name, a in batch.items()
+    }
 
 
 def within(mesh: Mesh | None, function: Callable) -> Callable:

@@ -16,6 +16,7 @@ from jaxlm.data.pipeline import Batches
 from jaxlm.data.prepare import PrepareConfig, load_tokenizer, prepare
 from jaxlm.model import Model
 from jaxlm.models.decoder import Runtime
+from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh, parse_preset
 from jaxlm.parallel.sharding import Replicated
 from jaxlm.train import adapters
@@ -103,12 +104,14 @@ class Job:
 
 def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> Job:
     """Loads and prepares everything; ValueError for what does not fit together."""
+    if jax.process_count() > 1 and config.mesh is None:
+        raise ValueError(f"mesh must say how {jax.process_count()} processes share the run, as in mesh=data=8")
     model = _model(config)
     tokenizer = config.tokenizer or config.model
-    train = _batches(config, config.data.train, tokenizer, "train", progress)
+    train = _batches(config, config.data.train, tokenizer, "train", progress, model.mesh)
     evaluated = None
     if config.data.eval:
-        evaluated = _batches(config, config.data.eval, tokenizer, "eval", progress)
+        evaluated = _batches(config, config.data.eval, tokenizer, "eval", progress, model.mesh)
     _check_vocabulary(train, model)
     steps = config.steps or math.ceil(config.epochs * train.rows_per_epoch / train.batch_size)
     settings = config.optim.make(steps)
@@ -159,9 +162,11 @@ def _model(config: TrainConfig) -> Model:
     if config.model.endswith(".json"):
         if config.tokenizer is None:
             raise ValueError(f"model={config.model} begins from scratch: tokenizer must say whose tokenizer to use")
-        model = api.init(config.model, key=jax.random.key(config.seed), ignore_fields=config.ignore_fields)
+        model = api.init(
+            config.model, key=jax.random.key(config.seed), ignore_fields=config.ignore_fields, mesh=config.mesh
+        )
     else:
-        model = api.load(config.model, dtype="float32", ignore_fields=config.ignore_fields)
+        model = api.load(config.model, dtype="float32", ignore_fields=config.ignore_fields, mesh=config.mesh)
     runtime = Runtime(
         dtype=config.precision, attention=config.attention, remat=config.remat, reduce_dtype=config.reduce_dtype
     )
@@ -180,7 +185,7 @@ def _adapter(config: TrainConfig, model: Model) -> tuple[AdapterConfig, Any]:
     return made, adapters.init(made, model.family, model.config, model.params, jax.random.key(config.seed + 1))
 
 
-def _batches(config: TrainConfig, source: str, tokenizer: str, name: str, progress) -> Batches:
+def _batches(config: TrainConfig, source: str, tokenizer: str, name: str, progress, mesh: Mesh | None) -> Batches:
     from jaxlm.data.cache import open_cache
 
     data = config.data
@@ -191,9 +196,11 @@ def _batches(config: TrainConfig, source: str, tokenizer: str, name: str, progre
             source=(source,), tokenizer=tokenizer, format=data.format, max_bad_rows=data.max_bad_rows
         )  # fmt: skip
         options = {"progress": progress(f"tokenizing {name}")} if progress else {}
-        cache = prepare(wanted, Path(config.out) / f"data-{name}", **options)
+        with hosts.leader_first(f"tokenized {name}"):
+            cache = prepare(wanted, Path(config.out) / f"data-{name}", **options)
     training = name == "train"
     fim = Fim.of(load_tokenizer(tokenizer), rate=data.fim_rate) if data.fim_rate and training else None
+    index, count = hosts.share_of_rows(mesh)
     return Batches(
         cache,
         data.batch_size * (config.accumulate if training else 1),
@@ -204,8 +211,8 @@ def _batches(config: TrainConfig, source: str, tokenizer: str, name: str, progre
         buckets=data.buckets,
         shuffle=training,
         fim=fim,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,3 +281,47 @@ def test_an_adapter_learns_alone(ground, tmp_path, adapter):
 def test_bad_adapters(ground, tmp_path, adapter, message):
     with pytest.raises(ValueError, match=message):
         setup(config(ground, tmp_path, adapter=adapter))
+
+
+def test_resumed_on_another_mesh_and_converted(ground, tmp_path):
+    """The state comes back bit for bit on other devices, the losses go on, and a checkpoint is a model to read."""
+    some = {"eval_every": 0, "log_every": 1, "steps": 4, "accumulate": 1}
+    data = {"train": str(ground / "train.jsonl"), "seq_len": 32, "batch_size": 8}
+    chosen = lambda out, mesh: config(ground, tmp_path / out, data=data, mesh=mesh, **some)
+    Run(setup(chosen("whole", "fsdp=8"))).train()
+    stopped = Run(setup(chosen("parts", "fsdp=8")), [StopAt(2)]).train()
+    assert stopped.step == 2
+    saved = Checkpoints(tmp_path / "parts/checkpoints")
+    states = [saved.restore(setup(chosen(f"none-{mesh}", mesh)).state)[0] for mesh in ("fsdp=8", "data=4,fsdp=2", None)]
+    for other in states[1:]:
+        for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(other), strict=True):
+            a, b = (jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+            np.testing.assert_array_equal(a, b)
+    resumed = Run(setup(chosen("parts", "data=4,fsdp=2"))).train()
+    curves = [[row["loss"] for row in rows(tmp_path / out)] for out in ("whole", "parts")]
+    np.testing.assert_allclose(*curves, rtol=1e-6)
+
+    assert main(["convert", str(tmp_path / "parts"), str(tmp_path / "converted")]) == 0
+    assert main(["convert", str(tmp_path / "parts/checkpoints/2"), str(tmp_path / "earlier")]) == 0
+    for a, b in zip(*(jax.tree.leaves(weights(d)) for d in (tmp_path / "converted", resumed.model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(weights(tmp_path / "earlier")), jax.tree.leaves(states[0].trainable), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "converted/tokenizer.json").is_file()
+    assert json.loads((tmp_path / "converted/config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_run_that_trained_a_part_is_converted_with_the_rest(ground, tmp_path, capsys):
+    jaxlm.init(CONFIG, key=jax.random.key(1)).save(tmp_path / "base")
+    some = {"model": str(tmp_path / "base"), "steps": 1, "eval_every": 0, "accumulate": 1, "log_every": 1}
+    result = Run(setup(config(ground, tmp_path / "run", trainable=["params/layers/mlp"], **some))).train()
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "converted")]) == 0
+    for a, b in zip(*(jax.tree.leaves(weights(d)) for d in (tmp_path / "converted", result.model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    Run(setup(config(ground, tmp_path / "lora", adapter={"kind": "lora", "rank": 2}, **some))).train()
+    assert main(["convert", str(tmp_path / "lora"), str(tmp_path / "no")]) == 2
+    assert "trained an adapter" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    shutil.copyfile(tmp_path / "run/config.yaml", tmp_path / "empty/config.yaml")
+    assert main(["convert", str(tmp_path / "empty"), str(tmp_path / "no")]) == 2
+    assert "without a complete checkpoint" in capsys.readouterr().err
