@@ -9,7 +9,6 @@ differentiation: the backward pass runs the schedule in reverse. Embedding and h
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp

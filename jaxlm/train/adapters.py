@@ -22,7 +22,7 @@ from jaxlm.models.registry import Family
 
 __all__ = [
     "AdapterConfig", "Counts", "Lora", "Prefix", "Prompt", "column_norms", "count", "init", "is_trainable", "merge",
-    "modules_of", "trainable", "unmerge",
+    "modules_of", "unmerge",
 ]  # fmt: skip
 Tree = dict[str, Any]
 
@@ -59,14 +59,9 @@ def init(adapter: AdapterConfig, family: Family, config: Any, params: Tree, key:
 
 
 def is_trainable(path: str) -> bool:
-    """Whether the leaf at a path of an adapters tree learns; the others are settings: scale, dropout."""
+    """Whether the leaf at a path of an adapters tree learns; the others are settings: scale, dropout. They must stay
+    frozen: weight decay would move them even though their gradient is zero."""
     return path.rsplit("/", 1)[-1] not in adapting.FIXED
-
-
-def trainable(adapters: Tree, at: str = "adapters") -> tuple[str, ...]:
-    """The paths of the leaves that learn, below `at`: "adapters/layers/attn/q/a". The rest must stay frozen: weight
-    decay would move a setting even though its gradient is zero."""
-    return tuple(f"{at}/{path}" for path in flatten(adapters) if is_trainable(path))
 
 
 def merge(params: Tree, adapters: Tree) -> Tree:

@@ -87,8 +87,9 @@ class TrainConfig:
     `epochs` over the data. eval_every, save_every: 0 for the end only. keep: checkpoints beside the best one.
     patience: evaluations without progress before the run stops, 0 for never. zero: what the mesh's axis data cuts: 1
     the optimizer's moments, 2 gradients too, 3 parameters too. offload: "optimizer" (its moments) and "params", kept in
-    host memory between updates. reduce_dtype: in which gradients are summed over devices. adapter: {"kind": "lora", "prefix" or
-    "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported beside the model.
+    host memory between updates. reduce_dtype: in which gradients are summed over devices. adapter: {"kind": "lora",
+    "prefix" or "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported beside
+    the model.
     """
 
     model: str
@@ -119,7 +120,8 @@ class TrainConfig:
     min_delta: float = 0.0
     resume: bool = True
     report: tuple[str, ...] = ("jsonl", "tensorboard")
-    profile: tuple[int, int] | None = None  # steps of which a trace is kept
+    export: str = "last"  # which checkpoint becomes the model: the last, or the best by evaluation
+    profile: tuple[int, int] | None = None  # the first and the last step of which a trace is kept
     ignore_fields: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -133,10 +135,10 @@ class TrainConfig:
             raise ValueError(f"reduce_dtype={self.reduce_dtype!r} is for precision={self.reduce_dtype!r}")
         if self.zero and self.mesh is None:
             raise ValueError(f"zero={self.zero} cuts over the mesh's axis data, and there is no mesh")
-        for name in ("accumulate", "log_every"):
+        for name in ("accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("steps", "eval_every", "save_every", "eval_batches", "keep", "patience"):
+        for name in ("steps", "eval_every", "save_every", "eval_batches", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
         if not self.steps and not self.epochs > 0:
@@ -145,6 +147,19 @@ class TrainConfig:
             raise ValueError("patience needs data.eval and eval_every: there is nothing to be patient about")
         if self.optim.schedule == "reduce_on_plateau" and not (self.data.eval and self.eval_every):
             raise ValueError("optim.schedule=reduce_on_plateau needs data.eval and eval_every")
+        if not self.data.eval:
+            for name in ("eval_every", "eval_batches", "min_delta"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)} needs data.eval: there is nothing to evaluate")
+        for name in ("plateau_patience", "plateau_factor"):
+            if getattr(self.optim, name) != getattr(Optim, name) and self.optim.schedule != "reduce_on_plateau":
+                raise ValueError(f"optim.{name} is for schedule reduce_on_plateau, not {self.optim.schedule}")
+        if self.export not in ("last", "best") or (self.export == "best" and not self.data.eval):
+            raise ValueError(f"export={self.export!r}: expected last, or with data.eval best")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile={list(self.profile)}: expected the first and the last step, from 1")
+        if self.adapter is not None and self.optim.name == "muon":
+            raise ValueError("optim.name=muon is for the matrices of layers, and an adapter trains none of them")
         if self.optim.clip < 0:
             raise ValueError(f"optim.clip={self.optim.clip}: expected 0 (no limit) or more")
 

@@ -18,7 +18,7 @@ from jaxlm.parallel import hosts
 from jaxlm.train.adapters import Lora
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.config import plain
-from jaxlm.train.metrics import Sink, plot, sinks, utilization
+from jaxlm.train.metrics import Sink, forget, plot, sinks, utilization
 from jaxlm.train.placement import place_batch, within
 from jaxlm.train.setup import Job
 from jaxlm.train.step import TrainState, make_eval_step, make_train_step, on_device
@@ -58,6 +58,7 @@ class _Memory:
     """What a run remembers beside its state; saved with every checkpoint."""
 
     best: float = math.inf
+    best_step: int | None = None
     without_progress: int = 0
     plateau: int = 0
     tokens: float = 0.0
@@ -86,6 +87,8 @@ class Run:
         self.eval_function = within(job.mesh, make_eval_step(job.loss))
         self.memory = _Memory()
         self._why: str | None = None
+        self._window: list[dict[str, jax.Array]] = []  # the metrics of the steps since the last log
+        self._tracing = False
 
     def stop(self, why: str) -> None:
         """Ends the run after the present step."""
@@ -93,64 +96,89 @@ class Run:
 
     def train(self) -> Result:
         """Runs to the end, and exports the model; ValueError when the directory holds another run."""
-        config, state, start = self.job.config, self.job.state, 0
-        if self.checkpoints.latest is not None:
-            state, about = self.checkpoints.restore(state)
-            self.memory, start = _Memory(**about["memory"]), int(state.step)
+        config = self.job.config
+        state, start = self._begin()
+        lines = self.out / "metrics.jsonl"
+        if hosts.leads() and lines.is_file():
+            forget(lines, start)
         self._sinks: list[Sink] = sinks(config.report, self.out, plain(config)) if hosts.leads() else []
         with self._sigterm():
             state, step = self._steps(state, start)
-        ended = self._why or "done"
-        if ended != "SIGTERM" and self.job.eval and self.memory.eval_step != step:
-            state = self._evaluate(state, step)
-        if step not in self.checkpoints.steps:
+            if self._why != "SIGTERM" and self.job.eval and self.memory.eval_step != step:
+                state = self._evaluate(state, step)
             self._save(state, step)
-        self.checkpoints.wait()
+            self.checkpoints.wait()
+        ended, best = self._why or "done", self.memory.best_step
+        if config.export == "best" and ended != "SIGTERM" and best not in (None, step):
+            state, _ = self.checkpoints.restore(_emptied(state), best)
         exported = None if ended == "SIGTERM" else self._export(state)
         for sink in self._sinks:
             sink.close()
-        if hosts.leads() and (self.out / "metrics.jsonl").is_file():
-            plot(self.out / "metrics.jsonl", self.out / "loss.png")
-        result = Result(step, ended, self.memory.loss, self.memory.eval_loss, self.checkpoints.best, exported)
+        if hosts.leads() and lines.is_file():
+            plot(lines, self.out / "loss.png")
+        result = Result(step, ended, self.memory.loss, self.memory.eval_loss, best, exported)
         self._tell("on_end", result)
         self.checkpoints.close()
         return result
 
+    def _begin(self) -> tuple[TrainState, int]:
+        """The state to go on from, and its step: the job's own, or the newest checkpoint's.
+
+        ValueError where the data or the number of steps are not those the checkpoint was made with.
+        """
+        if self.checkpoints.latest is None:
+            return self.job.state, 0
+        state, about = self.checkpoints.restore(_emptied(self.job.state))
+        mine = self._identity()
+        if changed := [name for name in mine if about.get(name) != mine[name]]:
+            said = ", ".join(f"{name}={mine[name]!r} (was {about.get(name)!r})" for name in changed)
+            raise ValueError(f"{self.out} holds a run over other data, which would not go on where it was: {said}")
+        self.memory = _Memory(**about["memory"])
+        self._be_patient()
+        return state, int(state.step)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order of the data and the schedule follow from."""
+        return {"steps": self.job.steps, **{f"data.{k}": v for k, v in self.job.train.identity.items()}}
+
     def _steps(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         config, steps = self.job.config, self.job.steps
-        window: list[dict[str, jax.Array]] = []
-        since, step = time.perf_counter(), start
+        since, step, tokens = time.perf_counter(), start, 0
         batches = self.job.train.iterate(start, stop=steps)
         while step < steps and self._why is None:
-            with self._traced(step):
+            with self._traced(step + 1):
                 batch = _split(next(batches), config.accumulate)
                 batch = place_batch(batch, self.job.mesh, lead=int(config.accumulate > 1))
                 state, metrics = self.step_function(state, batch)
-            window.append(metrics)
+            self._window.append(metrics)
+            tokens += batch["tokens"].size
             step += 1
             if hosts.ends(step):
                 self.stop("SIGTERM")
             if self.on_step:
                 self.on_step(step, steps)
             if step % config.log_every == 0 or step == steps:
-                self._log(step, window, time.perf_counter() - since)
-                window, since = [], time.perf_counter()
+                self._log(step, tokens / (time.perf_counter() - since))
+                since, tokens = time.perf_counter(), 0
+            before = time.perf_counter()
             if self.job.eval and config.eval_every and step % config.eval_every == 0:
                 state = self._evaluate(state, step)
-                since = time.perf_counter()
             if config.save_every and step % config.save_every == 0:
                 self._save(state, step)
+            since += time.perf_counter() - before  # a step's speed is not an evaluation's
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
         return state, step
 
-    def _log(self, step: int, window: list[dict[str, jax.Array]], seconds: float) -> None:
-        """The only place where a step's numbers are waited for."""
-        found = jax.device_get(window)
+    def _log(self, step: int, tokens_per_second: float) -> None:
+        """The only place where a step's numbers are waited for, but for checkpoints."""
+        found, self._window = jax.device_get(self._window), []
         weights = np.array([m["weight"] for m in found])
         keep = np.array([m["skipped"] == 0 for m in found])
         mean = lambda name: float(
             (np.array([m[name] for m in found])[keep] * weights[keep]).sum() / weights[keep].sum()
         )
-        tokens = len(found) * self.job.train.batch_size * self.job.train.seq_len
         self.memory.tokens += float(weights.sum())
         values = (
             {name: mean(name) for name in found[0] if name in ("loss", "nll", "accuracy", "router_loss")}
@@ -163,22 +191,23 @@ class Run:
             "skipped": float((~keep).sum()),
             "epoch": self.job.train.epoch(step),
             "targets": self.memory.tokens,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens_per_second,
         }
-        device = jax.devices()[0].device_kind
-        rate = values["tokens_per_second"]
-        values |= utilization(rate, self.job.flops, self.job.config.remat, device, jax.device_count())
+        device, count = jax.devices()[0].device_kind, self.job.mesh.size if self.job.mesh else 1
+        values |= utilization(tokens_per_second, self.job.flops, self.job.config.remat, device, count)
         self.memory.loss = values.get("loss", math.nan)
         self._write(step, values)
         self._tell("on_log", step, values)
 
     def _evaluate(self, state: TrainState, step: int) -> TrainState:
-        """The held-out loss, per target; patience, and the rate on a plateau."""
+        """The held-out loss, per target; patience, and the rate on a plateau. SIGTERM ends it without a result."""
         config, batches = self.job.config, self.job.eval
         assert batches is not None
         count = min(len(batches), config.eval_batches or len(batches))
         sums: dict[str, float] = {}
         for i in range(count):
+            if self._why == "SIGTERM":
+                return state
             for name, value in jax.device_get(
                 self.eval_function(state, place_batch(batches[i], self.job.mesh))
             ).items():
@@ -189,7 +218,8 @@ class Run:
         self.memory.eval_step = step
         values["eval_perplexity"] = math.exp(min(values.get("eval_nll", loss), 700))
         better = loss < self.memory.best - config.min_delta
-        self.memory.best = loss if better else self.memory.best
+        if better:
+            self.memory.best, self.memory.best_step = loss, step
         self.memory.without_progress = 0 if better else self.memory.without_progress + 1
         self.memory.plateau = 0 if better else self.memory.plateau + 1
         if config.optim.schedule == "reduce_on_plateau" and self.memory.plateau > config.optim.plateau_patience:
@@ -199,14 +229,19 @@ class Run:
         if better:
             self._save(state, step)
         self._tell("on_evaluate", step, values)
-        if config.patience and self.memory.without_progress >= config.patience:
-            self.stop("patience")
+        self._be_patient()
         return state
+
+    def _be_patient(self) -> None:
+        if 0 < self.job.config.patience <= self.memory.without_progress:
+            self.stop("patience")
 
     def _save(self, state: TrainState, step: int) -> None:
         if step in self.checkpoints.steps:
             return
-        about = {"memory": dataclasses.asdict(self.memory), "data": self.job.train.identity, "steps": self.job.steps}
+        pending = sum(float(m["weight"]) for m in self._window)
+        memory = dataclasses.asdict(self.memory) | {"tokens": self.memory.tokens + pending}
+        about = {"memory": memory, **self._identity()}
         self.checkpoints.save(state, about, self.memory.eval_loss if self.memory.eval_step == step else None)
         self._tell("on_save", step)
 
@@ -237,7 +272,9 @@ class Run:
 
         job = self.job
         described = yaml.safe_dump(plain(job.config), sort_keys=False)
-        (self.out / SETTINGS).write_text(described, encoding="utf-8")
+        partial = self.out / f"{SETTINGS}.partial"  # a kill must not leave half of it
+        partial.write_text(described, encoding="utf-8")
+        partial.replace(self.out / SETTINGS)
         write_json(self.out / CONFIG, job.model.hf_config)
         if job.model.generation_config:
             write_json(self.out / GENERATION, job.model.generation_config)
@@ -257,7 +294,7 @@ class Run:
                 raise ValueError(f"{self.out} holds a run already: choose another `out`, or let it resume")
             free = {
                 "out", "log_every", "keep", "report", "profile", "resume", "save_every", "patience", "mesh", "zero",
-                "offload",
+                "offload", "export",
             }  # fmt: skip
             changed = [name for name in mine if name not in free and before.get(name) != mine[name]]
             if changed:
@@ -293,13 +330,24 @@ class Run:
 
     @contextlib.contextmanager
     def _traced(self, step: int) -> Iterator[None]:
-        """A profiler trace of the chosen steps."""
+        """A profiler trace of the chosen steps, or of those that are left of them."""
         chosen = self.job.config.profile
-        if chosen and step == chosen[0]:
+        if chosen and chosen[0] <= step <= chosen[1] and not self._tracing:
             jax.profiler.start_trace(str(self.out / "profile"))
+            self._tracing = True
         yield
-        if chosen and step == chosen[1]:
+        if chosen and step == chosen[1] and self._tracing:
             jax.profiler.stop_trace()
+            self._tracing = False
+
+
+def _emptied(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings in place of what a checkpoint holds, whose memory is given back."""
+    shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+    shapes = {name: jax.tree.map(shape, getattr(state, name)) for name in ("trainable", "optimizer")}
+    for leaf in jax.tree.leaves((state.trainable, state.optimizer)):
+        leaf.delete()
+    return dataclasses.replace(state, **shapes)
 
 
 def _split(batch: dict[str, np.ndarray], parts: int) -> dict[str, np.ndarray]:

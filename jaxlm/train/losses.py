@@ -63,7 +63,8 @@ def _forward(spec, hidden, table, targets, weights):
 
 
 def _backward(spec, gradients, cotangents):
-    dhidden, dtable = (g * cotangents[0].astype(g.dtype) for g in gradients)
+    # The cotangent holds the loss scale and the number of targets: in hidden's dtype it would be rounded, or overflow.
+    dhidden, dtable = ((g.astype(jnp.float32) * cotangents[0]).astype(g.dtype) for g in gradients)
     return dhidden, dtable, None, None
 
 

@@ -101,6 +101,20 @@ def utilization(tokens_per_second: float, flops: float, remat: str, kind: str, d
     return {"mfu": mfu, "hfu": mfu * (4 / 3 if remat == "full" else 1)}
 
 
+def forget(file: Path, step: int) -> None:
+    """Drops the lines after a step, which a resumed run writes again, and one that a kill cut short."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            known = json.loads(line)["step"] <= step
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        kept += [line + "\n"] * known
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(file)
+
+
 def plot(file: Path, picture: Path) -> None:
     """The losses of a metrics.jsonl as PNG."""
     import matplotlib
@@ -116,7 +130,8 @@ def plot(file: Path, picture: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)

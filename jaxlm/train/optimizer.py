@@ -41,6 +41,9 @@ class Optimizer:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 <= {name} < 1")
+        for name in ("beta1", "beta2", "eps", "momentum"):
+            if getattr(self, name) != getattr(Optimizer, name) and name not in _USES[self.name]:
+                raise ValueError(f"{name}={getattr(self, name)}: {self.name} has none")
 
     def make(self, axes: Mapping[str, Any] | None = None) -> optax.GradientTransformation:
         """The optax transformation; `axes` are the logical axes of the variables, which muon needs."""
@@ -67,6 +70,17 @@ def _by_rate(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)
 
 
+def _by_layer(made: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A stateless transformation that goes by the norm of a leaf, for each layer of a stack on its own."""
+
+    def update(updates, state, params=None):
+        alone = lambda u, p: made.update(u, state, p)[0]
+        one = lambda path, u, p: (jax.vmap(alone) if "layers" in join(path).split("/") else alone)(u, p)
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformation(made.init, update)
+
+
 def _adamw(o: Optimizer, rate, mask, axes):
     return optax.adamw(rate, o.beta1, o.beta2, o.eps, weight_decay=o.decay, mask=mask)
 
@@ -76,7 +90,12 @@ def _lion(o: Optimizer, rate, mask, axes):
 
 
 def _lamb(o: Optimizer, rate, mask, axes):
-    return optax.lamb(rate, o.beta1, o.beta2, o.eps, weight_decay=o.decay, mask=mask)
+    return optax.chain(
+        optax.scale_by_adam(o.beta1, o.beta2, o.eps),
+        optax.add_decayed_weights(o.decay, mask),
+        _by_layer(optax.scale_by_trust_ratio()),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def _sgd(o: Optimizer, rate, mask, axes):
@@ -87,7 +106,12 @@ def _sgd(o: Optimizer, rate, mask, axes):
 def _adafactor(o: Optimizer, rate, mask, axes):
     # Decay is added apart: optax's own is not multiplied by the learning rate.
     decay = [_decoupled(rate, o.decay, mask)] if o.decay else []
-    return optax.chain(optax.adafactor(rate, multiply_by_parameter_scale=False, eps=1e-30), *decay)
+    return optax.chain(
+        optax.scale_by_factored_rms(epsilon=1e-30),
+        _by_layer(optax.clip_by_block_rms(1.0)),
+        optax.scale_by_learning_rate(rate),
+        *decay,
+    )
 
 
 def _muon(o: Optimizer, rate, mask, axes):
@@ -128,4 +152,9 @@ def _decoupled(rate: Callable, decay: float, mask) -> optax.GradientTransformati
 
 
 _MAKE = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion, "sgd": _sgd, "lamb": _lamb, "muon": _muon}
+_ADAM = {"beta1", "beta2", "eps"}
+_USES: dict[str, set[str]] = {
+    "adamw": _ADAM, "adafactor": set(), "lion": {"beta1", "beta2"}, "sgd": {"momentum"}, "lamb": _ADAM,
+    "muon": {"beta1", "beta2"},
+}  # fmt: skip
 NAMES = tuple(_MAKE)

@@ -36,6 +36,12 @@ class Schedule:
             raise ValueError(f"steps={self.steps} warmup={self.warmup}: expected 0 <= warmup <= steps, steps >= 1")
         if not 0 <= self.end < 1:
             raise ValueError(f"end={self.end}: expected a share of the learning rate, 0 <= end < 1")
+        for name in ("warmup", "cycles", "power", "end", "decay", "timescale"):
+            if getattr(self, name) != getattr(Schedule, name) and name not in _USES[self.name]:
+                hint = ": constant_with_warmup has" if name == "warmup" else ""
+                raise ValueError(f"{name}={getattr(self, name)}: the schedule {self.name} has none{hint}")
+        if self.name == "warmup_stable_decay" and not self.decay:
+            raise ValueError("warmup_stable_decay needs decay: for how many steps the rate falls at the end")
         if self.warmup + self.decay > self.steps:
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} do not fit steps={self.steps}")
 
@@ -98,5 +104,16 @@ _SHAPES: dict[str, Callable[[Schedule, Array], Array]] = {
     "warmup_stable_decay": _warmup_stable_decay,
     # Its factor is set from outside, after evaluations (step.TrainState.lr_scale).
     "reduce_on_plateau": _constant,
+}
+_USES = {
+    "constant": set(),
+    "constant_with_warmup": {"warmup"},
+    "linear": {"warmup"},
+    "cosine": {"warmup", "cycles", "end"},
+    "cosine_with_restarts": {"warmup", "cycles"},
+    "polynomial": {"warmup", "power", "end"},
+    "inverse_sqrt": {"warmup", "timescale"},
+    "warmup_stable_decay": {"warmup", "decay", "end"},
+    "reduce_on_plateau": {"warmup"},
 }
 NAMES = tuple(_SHAPES)

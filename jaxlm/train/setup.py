@@ -36,7 +36,7 @@ _ADAPTERS = {"lora": Lora, "prefix": Prefix, "prompt": Prompt}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run made ready. `model` holds no parameters that train: those are the state's."""
+    """A run made ready. `model` holds no parameters: those are the state's."""
 
     config: TrainConfig
     model: Model
@@ -113,7 +113,8 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
     if config.data.eval:
         evaluated = _batches(config, config.data.eval, tokenizer, "eval", progress, model.mesh)
     _check_vocabulary(train, model)
-    steps = config.steps or math.ceil(config.epochs * train.rows_per_epoch / train.batch_size)
+    epoch = train.rows_per_epoch / train.batch_size if train.carries else train.steps_per_epoch
+    steps = config.steps or math.ceil(config.epochs * epoch)
     settings = config.optim.make(steps)
     backbone = model.family.backbone
     optimizer = settings.make({"params": backbone.logical_axes(model.config)})
@@ -133,6 +134,7 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
     embedding = 0 if c.tie_embeddings else c.vocab_size * c.d_model
     flops = flops_per_token(_count(variables), embedding, len(c.kinds), c.d_model, config.data.seq_len)
     loss = causal_lm(objective)
+    model = model.with_params({})  # the state holds them: a second reference would keep them on the first device
     job = Job(config, model, train, evaluated, steps, settings, optimizer, loss, state, flops, adapter)
     return job if config.mesh is None and not config.offload else _on_mesh(job)
 
@@ -191,6 +193,10 @@ def _batches(config: TrainConfig, source: str, tokenizer: str, name: str, progre
     data = config.data
     if (Path(source) / "header.json").is_file():
         cache = open_cache(source, tokenizer=load_tokenizer(tokenizer))
+        if data.format not in ("text", cache.header.format.name):
+            raise ValueError(f"data.format={data.format!r}: {source} was prepared as {cache.header.format.name!r}")
+        if data.max_bad_rows:
+            raise ValueError(f"data.max_bad_rows={data.max_bad_rows}: {source} is prepared already")
     else:
         wanted = PrepareConfig(
             source=(source,), tokenizer=tokenizer, format=data.format, max_bad_rows=data.max_bad_rows

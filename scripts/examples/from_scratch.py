@@ -124,7 +124,7 @@ def main() -> None:
         "eval_every": max(1, args.steps // 5),
     }
     job = setup(parse(TrainConfig, settings, "settings"))
-    job.model.save(args.out / "start")
+    job.model.with_params(job.state.variables["params"]).save(args.out / "start")
     theirs = [] if args.alone else with_torch(job, args.out / "start")
     console = Console()
     for name, value in job.plan():

@@ -101,10 +101,72 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ground, tmp_path):
         ][-1]
 
 
-def test_patience_ends_a_run(ground, tmp_path):
-    chosen = config(ground, tmp_path, patience=2, eval_every=1, min_delta=100.0)
+def test_sigterm_in_the_last_evaluation_loses_nothing(ground, tmp_path):
+    """Between two logs, with a trace running; the next run makes the evaluation and ends as if nothing had been."""
+    more = {"steps": 6, "eval_every": 0, "profile": [2, 3]}
+    whole = Run(setup(config(ground, tmp_path / "whole", **more))).train()
+    run = Run(setup(config(ground, tmp_path / "parts", **more)), [StopAt(4)])
+    run.job.config.__dict__["log_every"] = 2  # ends at step 4, in a window of the other run's
+    assert run.train().step == 4
+    (tmp_path / "parts/metrics.jsonl").open("a").write('{"step": 9, "loss"')  # a kill while a line was written
+    run = Run(setup(config(ground, tmp_path / "parts", **more)))
+    evaluate, calls = run.eval_function, []
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(signal.getsignal(signal.SIGTERM))
+        return evaluate(*args)
+
+    run.eval_function = interrupted
+    result = run.train()
+    assert (result.ended, result.step, result.model, len(calls)) == ("SIGTERM", 6, None, 1)
+    assert run.checkpoints.steps[-1] == 6
+    last = Run(setup(config(ground, tmp_path / "parts", **more))).train()
+    assert (last.ended, last.best_step, last.eval_loss) == ("done", 6, whole.eval_loss)
+    for a, b in zip(*(jax.tree.leaves(weights(r.model)) for r in (whole, last)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name in ("targets", "eval_loss"):
+        assert [r[name] for r in rows(tmp_path / "parts") if name in r][-1] == [
+            r[name] for r in rows(tmp_path / "whole") if name in r
+        ][-1]
+    steps = [(r["step"], "loss" in r) for r in rows(tmp_path / "parts")]
+    assert len(steps) == len(set(steps)) and (tmp_path / "parts/profile").is_dir()
+
+
+def test_other_data_under_the_same_name_is_refused(ground, tmp_path):
+    lines = (ground / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    data = {"train": str(tmp_path / "train.jsonl"), "seq_len": 32, "batch_size": 4}
+    chosen = config(ground, tmp_path / "run", data=data, steps=3, eval_every=0)
+    run = Run(setup(chosen))
+    run._why = "a callback"
+    run.train()
+    shutil.rmtree(tmp_path / "run/data-train")
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[::-1]))
+    with pytest.raises(ValueError, match=r"holds a run over other data, .*: data.data="):
+        Run(setup(chosen)).train()
+
+
+def test_a_resumed_run_holds_its_state_once(ground, tmp_path):
+    Run(setup(config(ground, tmp_path, steps=2, eval_every=0, log_every=2)), [StopAt(1)]).train()
+    run = Run(setup(config(ground, tmp_path, steps=2, eval_every=0, log_every=2)))
+    before = sum(a.nbytes for a in jax.live_arrays())
+    state, step = run._begin()
+    del state
+    assert step == 2 and sum(a.nbytes for a in jax.live_arrays()) < before
+
+
+def test_patience_ends_a_run_for_good(ground, tmp_path):
+    chosen = config(ground, tmp_path, patience=2, eval_every=1, min_delta=100.0, export="best")
     result = Run(setup(chosen)).train()
-    assert result.ended == "patience" and result.step == 3
+    assert (result.ended, result.step, result.best_step) == ("patience", 3, 1)
+    # The model is that of the best checkpoint, not of the last.
+    run = Run(setup(chosen))
+    best, _ = run.checkpoints.restore(run.job.state, 1)
+    for a, b in zip(jax.tree.leaves(weights(result.model)), jax.tree.leaves(best.trainable["params"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    again = run.train()
+    assert (again.ended, again.step) == ("patience", 3)
 
 
 def test_the_rate_falls_on_a_plateau(ground, tmp_path):
@@ -160,43 +222,55 @@ def test_sigterm_saves_and_exits(ground, tmp_path):
     assert saved.latest == rows(tmp_path / "run")[-1]["step"]
 
 
-SAVES = """
-import dataclasses, sys, jax, jax.numpy as jnp
+KILLS = """
+import dataclasses, os, random, signal, sys, time, jax, jax.numpy as jnp
 from pathlib import Path
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.optimizer import Optimizer
 from jaxlm.train.schedules import Schedule
 from jaxlm.train.step import init_state
-made = Optimizer(schedule=Schedule(name="constant", steps=1)).make()
-state = init_state({"params": {"w": jnp.zeros((64, 1024))}}, made, jax.random.key(0))
-saved = Checkpoints(Path(sys.argv[1]))
-step = saved.latest or 0
-if step:
-    state, _ = saved.restore(state)
-    assert (state.trainable["params"]["w"] == step).all(), "not what was saved"
-while True:
-    step += 1
-    w = jnp.full((64, 1024), float(step))
-    saved.save(dataclasses.replace(state, step=jnp.int32(step), trainable={"params": {"w": w}}), {"step": step})
-    saved.wait()
-    print(step, flush=True)
+
+def save_on(out):
+    made = Optimizer(schedule=Schedule(name="constant", steps=1)).make()
+    state = init_state({"params": {"w": jnp.zeros((64, 1024))}}, made, jax.random.key(0))
+    saved = Checkpoints(Path(sys.argv[1]))
+    step = saved.latest or 0
+    if step:
+        state, _ = saved.restore(state)
+        assert (state.trainable["params"]["w"] == step).all(), "not what was saved"
+    while True:
+        step += 1
+        w = jnp.full((64, 1024), float(step))
+        saved.save(dataclasses.replace(state, step=jnp.int32(step), trainable={"params": {"w": w}}), {"step": step})
+        saved.wait()
+        out.write(f"{step}\\n".encode())
+
+last, draw = 0, random.Random(0)
+for _ in range(20):  # jax has begun nothing yet, so that a fork is as good as a new process, and much sooner there
+    ours, theirs = os.pipe()
+    if not (child := os.fork()):
+        try:
+            save_on(os.fdopen(theirs, "wb", 0))
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    lines = os.fdopen(ours, "rb", 0)
+    first = lines.readline()
+    assert first, f"the checkpoint of step {last} or later could not be restored"
+    assert int(first) > last
+    time.sleep(draw.uniform(0, 0.3))
+    os.kill(child, signal.SIGKILL)
+    last = max([int(first), *map(int, lines.read().split())])
+    os.waitpid(child, 0)
+assert last > 20
 """
 
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
     """SIGKILL at 20 random points: whatever was reported as saved restores, whole, in the next process."""
-    rng, saved = np.random.default_rng(0), 0
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout
-        line = process.stdout.readline()
-        assert line, "the checkpoint before the kill could not be restored"
-        assert int(line) > saved
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        saved = max([int(line), *map(int, process.stdout.read().split())])
-    assert saved > 20
+    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -212,6 +286,12 @@ def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
         ({"patience": 1, "eval_every": 0}, "patience needs data.eval and eval_every"),
         ({"data": {"seq_len": 8}}, "data: train must be given"),
         ({"trainable": {"a": 1}}, "expected a list"),
+        ({"keep": 0}, "keep=0: expected at least 1"),
+        ({"profile": [0, 2]}, "expected the first and the last step, from 1"),
+        ({"export": "newest"}, "export='newest': expected last, or with data.eval best"),
+        ({"adapter": {"kind": "lora"}, "optim": {"name": "muon"}}, "muon is for the matrices of layers"),
+        ({"optim": {"plateau_factor": 0.5}}, "optim.plateau_factor is for schedule reduce_on_plateau, not linear"),
+        ({"data": {"train": "x"}}, "eval_every=6 needs data.eval"),
     ],
 )
 def test_bad_settings(ground, tmp_path, change, message):

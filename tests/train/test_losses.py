@@ -58,6 +58,16 @@ def test_value_and_gradients(name):
     np.testing.assert_allclose(alone, loss, rtol=2e-6)
 
 
+def test_the_cotangent_is_not_rounded():
+    """777 targets and a loss scale, in bfloat16: the gradient is that without them, times them, rounded once."""
+    hidden, table, targets, weights = inputs()
+    run = lambda factor: jax.grad(
+        lambda h: cross_entropy(CrossEntropy(), h, jnp.asarray(table), targets, weights)[0] * factor
+    )(jnp.asarray(hidden, jnp.bfloat16))
+    one, many = run(1.0), run(1 / 777)
+    np.testing.assert_array_equal(many, (one.astype(jnp.float32) / 777).astype(jnp.bfloat16))
+
+
 def test_parts():
     hidden, table, targets, weights = inputs()
     spec = CrossEntropy(chunk=3, z=1e-2, smoothing=0.1)

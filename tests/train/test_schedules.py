@@ -32,7 +32,8 @@ def test_equals_transformers(case):
     theirs = transformers.get_scheduler(
         name, optimizer, num_training_steps=STEPS, scheduler_specific_kwargs=settings, **warmup
     )
-    schedule = Schedule(name=case.split(",")[0], steps=STEPS, warmup=WARMUP, **ours)
+    warmed = {} if name == "constant" else {"warmup": WARMUP}
+    schedule = Schedule(name=case.split(",")[0], steps=STEPS, **warmed, **ours)
     for step in range(STEPS):
         np.testing.assert_allclose(schedule(step), theirs.get_last_lr()[0] / RATE, atol=3e-7)
         optimizer.step()
@@ -41,14 +42,16 @@ def test_equals_transformers(case):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"constant", "reduce_on_plateau"}))
 def test_warms_up_from_nothing_and_stays_after_the_end(name):
-    schedule = Schedule(name=name, steps=50, warmup=10)
+    decay = {"decay": 5} if name == "warmup_stable_decay" else {}
+    schedule = Schedule(name=name, steps=50, warmup=10, **decay)
     assert schedule(0) == 0 and np.isclose(schedule(5), 0.5)
     assert schedule(50) == schedule(70)
 
 
 @pytest.mark.parametrize("name", ["cosine", "polynomial", "warmup_stable_decay"])
 def test_ends_at_a_share(name):
-    np.testing.assert_allclose(Schedule(name=name, steps=50, warmup=10, decay=5, end=0.25)(50), 0.25, rtol=1e-6)
+    decay = {"decay": 5} if name == "warmup_stable_decay" else {}
+    np.testing.assert_allclose(Schedule(name=name, steps=50, warmup=10, end=0.25, **decay)(50), 0.25, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,11 @@ def test_ends_at_a_share(name):
         ({"steps": 0}, "steps=0"),
         ({"warmup": 11}, "warmup=11"),
         ({"end": 1.0}, "end=1.0"),
-        ({"decay": 11}, "decay=11"),
+        ({"name": "warmup_stable_decay", "decay": 11}, "decay=11"),
+        ({"name": "warmup_stable_decay"}, "warmup_stable_decay needs decay"),
+        ({"end": 0.5}, "end=0.5: the schedule linear has none"),
+        ({"name": "constant", "warmup": 3}, "warmup=3: the schedule constant has none: constant_with_warmup has"),
+        ({"name": "inverse_sqrt", "cycles": 2.0}, "cycles=2.0: the schedule inverse_sqrt has none"),
     ],
 )
 def test_bad_settings(bad, message):

@@ -172,6 +172,36 @@ def test_optimizers_learn(config, name):
     assert losses[-1] < 0.75 * losses[0], losses
 
 
+@pytest.mark.parametrize("name", ["lamb", "adafactor"])
+def test_norms_are_those_of_one_layer(name):
+    """A stack's layers are updated as if each were a leaf of its own, however unlike their norms are."""
+    rng, size = np.random.default_rng(0), np.array([1.0, 50.0])[:, None, None]
+    stack = (rng.normal(size=(2, 4, 6)) * size).astype(np.float32)
+    optimizer = Optimizer(name=name, rate=0.1, schedule=CONSTANT).make()
+    grads = {"a": (rng.normal(size=(2, 4, 6)) / size).astype(np.float32)}
+
+    def update(params, grads):
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    together = update({"layers": {"a": stack}}, {"layers": grads})["layers"]["a"]
+    for i in range(2):
+        alone = update({"a": stack[i]}, {"a": grads["a"][i]})["a"]
+        np.testing.assert_allclose(together[i], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "sgd", "beta1": 0.8}, "beta1=0.8: sgd has none"),
+        ({"momentum": 0.9}, "momentum=0.9: adamw has none"),
+        ({"name": "adafactor", "eps": 1e-6}, "eps=1e-06: adafactor has none"),
+    ],
+)
+def test_a_number_that_an_optimizer_lacks(given, message):
+    with pytest.raises(ValueError, match=message):
+        Optimizer(schedule=CONSTANT, **given)
+
+
 def test_adamw_equals_torch(config):
     """Five updates with warm-up, decay and clipping, beside torch.optim.AdamW on the same gradients."""
     torch = pytest.importorskip("torch")
