@@ -6,8 +6,8 @@ runs in a process of its own, which this one lets take turns step by step, so th
 the other. Figures are medians; memory is the peak above what the process had after its imports. The share of the
 product peak is the step's FLOPs (6 a parameter and token, attention left out) over a measured large product.
 
-Then packed rows against padded and bucketed ones, with the same model and a long-tailed distribution of lengths
-(log-normal, its median an eighth of a row): tokens that are learnt, per second.
+Then packed rows against padded and bucketed ones, with four layers of the same shape and a long-tailed distribution of
+lengths (log-normal, its median an eighth of a row): tokens that are learnt, per second.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.table import Table
 COMMON = """
 import json, resource, sys, time
 import numpy as np
-path, batch, length, steps, remat = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
+path, batch, length, steps, layers, remat = sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 rss = lambda: int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
 data = np.random.default_rng(0).integers(10, 40000, (steps, batch, length))
@@ -38,12 +38,16 @@ def serve(run):
 """
 OURS = """
 import dataclasses, jax, jaxlm, jaxlm.api, jaxlm.checkpoints.safetensors, optax
+from pathlib import Path
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import Optimizer
 from jaxlm.train.schedules import Schedule
 from jaxlm.train.step import init_state, make_train_step
 idle = rss()
-model = jaxlm.load(path)
+if layers:
+    model = jaxlm.init(json.loads(Path(path, "config.json").read_text()) | {"num_hidden_layers": layers})
+else:
+    model = jaxlm.load(path)
 settings = Optimizer(rate=LR, decay=DECAY, schedule=Schedule(name="constant", steps=10**6))
 optimizer = settings.make()
 runtime = dataclasses.replace(model.runtime, remat=remat)
@@ -63,7 +67,6 @@ serve(lambda i: run({"tokens": data[i].astype(np.int32), "targets": targets[i].a
 """
 ROWS = """
 import tempfile
-from pathlib import Path
 from jaxlm.data.cache import CacheWriter, open_cache
 from jaxlm.data.formats import Example, FormatConfig
 from jaxlm.data.pipeline import Batches
@@ -134,7 +137,7 @@ def ask(side: subprocess.Popen) -> dict:
 
 def beside_torch(args: argparse.Namespace) -> dict:
     """Full steps of both sides, turn by turn."""
-    given = (args.source, args.batch, args.length, steps := args.repeats + 2, args.remat)  # two steps to warm up
+    given = (args.source, args.batch, args.length, steps := args.repeats + 2, 0, args.remat)  # two steps to warm up
     sides = [start(program, *given) for program in (OURS + STEPS, THEIRS)]
     assert sides[0].stdout
     parameters = json.loads(sides[0].stdout.readline())
@@ -155,7 +158,7 @@ def beside_torch(args: argparse.Namespace) -> dict:
 
 def packing(args: argparse.Namespace) -> dict:
     """{mode: (tokens learnt per second, share of the rows that is filled)}."""
-    side = start(OURS + ROWS, args.source, args.batch, args.length, args.repeats + 2, args.remat)
+    side = start(OURS + ROWS, args.source, args.batch, args.length, args.repeats + 2, 4, args.remat)
     assert side.stdout
     found = [json.loads(line) for line in side.stdout]
     of = lambda mode: [row for row in found if row["mode"] == mode]
