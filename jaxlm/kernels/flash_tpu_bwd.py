@@ -91,7 +91,8 @@ def backward(
 
 # Tiles to choose from, and the bundles of one on a v6e per 2048 x 2048 of visited work.
 TILES = {(512, 512): 23552, (1024, 512): 21568}
-CHUNK_BYTES = 12 * 2**20  # of VMEM for a chunk of keys; the rest of VMEM_BYTES is for queries and spilled registers
+CHUNK_BYTES = 12 * 2**20  # the most of VMEM_BYTES for a chunk of keys
+LEAST_KEYS = 1024  # of a chunk, where another tile leaves it room
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,10 +104,28 @@ def choose_blocks(mask: Mask, t: int, s: int, widths: int, itemsize: int, segmen
     tiles = TILES if itemsize == 2 else {(256, 256): 1}  # a float32 product is made of several, which spill
     tiles = {(min(q, round_up(t, 128)), min(k, round_up(s, 128))): cost for (q, k), cost in tiles.items()}
     work = {(q, k): cost * q * k * int((tile_kinds(mask, t, s, q, k) != SKIP).sum()) for (q, k), cost in tiles.items()}
-    q, k = min(work, key=lambda tile: (work[tile], tile))
+    chunks = {(q, k): _chunk(s, q, k, widths, itemsize, segmented) for q, k in tiles}
+    # Few keys a chunk are many passes over the queries.
+    q, k = min(work, key=lambda tile: (chunks[tile] < min(s, LEAST_KEYS), work[tile], tile))
+    return Blocks(q, k, chunks[q, k])
+
+
+def _chunk(s: int, q: int, k: int, widths: int, itemsize: int, segmented: bool) -> int:
+    """How many keys fit VMEM beside a tile of queries: all of them, or several tiles of k.
+
+    What is read and written has two buffers. A tile's dq is written in the dtype of q if all keys are in one chunk, and
+    else added up in float32, read and written. v5p keeps a tile of logits and half a megabyte more for itself.
+    """
     key_bytes = widths * (4 * itemsize + 4) + (1024 if segmented else 0)
-    chunks = -(-s // max(k, CHUNK_BYTES // key_bytes // k * k))
-    return Blocks(q, k, round_up(-(-s // chunks), k))
+
+    def room(dq_bytes):
+        queries = q * widths * (2 * itemsize + dq_bytes + 2)
+        return min(CHUNK_BYTES, VMEM_BYTES - queries - 4 * q * k - 2**19) // key_bytes
+
+    if round_up(s, k) <= room(itemsize):
+        return round_up(s, k)
+    chunks = -(-s // max(k, room(8) // k * k))
+    return round_up(-(-s // chunks), k)
 
 
 def _run(arrays, *, mask, t, s, scale, softcap, blocks, interpret):

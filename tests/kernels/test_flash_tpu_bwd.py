@@ -93,11 +93,24 @@ def test_the_log_sum_exp_may_have_no_gradient():
 def test_blocks_follow_the_work_and_fit():
     long = choose_blocks(masks.EVERYTHING, 16384, 16384, 256, 2, False)
     assert (long.q, long.k) == min(TILES, key=lambda tile: TILES[tile])
-    assert long.chunk % long.k == 0 and long.chunk * 256 * 12 <= 12 * 2**20
     assert choose_blocks(masks.window(64), 4096, 4096, 256, 2, False).q == 512
     assert choose_blocks(masks.CAUSAL, 200, 300, 256, 2, False) == Blocks(256, 384, 384)
-    wide = choose_blocks(masks.CAUSAL, 8192, 8192, 512, 4, True)
-    assert wide.chunk * (512 * 20 + 1024) <= 12 * 2**20
+    assert choose_blocks(masks.CAUSAL, 4096, 4096, 256, 2, False) == Blocks(512, 512, 4096)
+    assert choose_blocks(masks.CAUSAL, 32768, 32768, 512, 2, True) == Blocks(512, 512, 1536)  # of 1024 only 512 keys
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("s", [2048, 4096, 32768])
+def test_blocks_fit(s, width, itemsize, segmented):
+    """Two buffers of everything that is read or written, the sums in float32, and a tile of logits, in 16 MiB."""
+    blocks = choose_blocks(masks.EVERYTHING, s, s, 2 * width, itemsize, segmented)
+    assert blocks.chunk % blocks.k == 0
+    keys = 2 * (4 * width * itemsize + (512 if segmented else 0)) + 2 * width * 4
+    dq = 2 * width * itemsize if blocks.chunk >= s else 2 * 2 * width * 4
+    queries = 2 * 2 * width * itemsize + dq + width * 4
+    assert blocks.chunk * keys + blocks.q * queries + 4 * blocks.q * blocks.k < 15.6 * 2**20
 
 
 @pytest.mark.parametrize("mask", [masks.CAUSAL, masks.window(1024), masks.prefix_lm(700), masks.EVERYTHING])

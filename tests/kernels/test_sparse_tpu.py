@@ -148,18 +148,18 @@ def test_bigbird_visits_little(t, most):
         ({"block": 48}, "needs blocks of 32, 64 or a multiple of 128 up to 1024, got 48"),
         ({"mask": BlockLayout(64, ((0,),)) & CAUSAL}, "runs block tables and masks of whole blocks, not And("),
         ({"mask": BlockLayout(80, ((0,),))}, "of 384 queries and 384 keys"),
-        (
-            {"mask": BlockTable(jnp.zeros((1, 304, 304), jnp.int32), 64), "t": 19456},
-            "in scalar memory: 1084 KB of 1000",
-        ),
+        ({"mask": drawn(1, 2048, 64, 64, 64), "t": 1 << 17, "s": 4096}, "in scalar memory: 1544 KB of 1000"),
         ({"t": 1 << 20}, "keeps 1048576 keys and their gradients in VMEM: 1544 MB of"),
     ],
 )
 def test_refuses(change, reason):
     block, t = change.get("block", 64), change.get("t", 384)
-    shape = jax.ShapeDtypeStruct((1, t, 2, 64), change.get("dtype", jnp.bfloat16))
+    q, k = (
+        jax.ShapeDtypeStruct((1, length, 2, 64), change.get("dtype", jnp.bfloat16))
+        for length in (t, change.get("s", t))
+    )
     mask = change.get("mask", drawn(1, t // block, 3, t // block, block))
-    call = call_of(shape, shape, shape, mask, change.get("given", ()), platform=change.get("platform", "tpu"))
+    call = call_of(q, k, k, mask, change.get("given", ()), platform=change.get("platform", "tpu"))
     assert reason in (refuses_sparse_tpu(call) or "")
 
 
