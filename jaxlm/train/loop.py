@@ -229,18 +229,8 @@ class Run:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             if not self.job.config.resume:
                 raise ValueError(f"{self.out} holds a run already: choose another `out`, or let it resume")
-            free = {
-                "out",
-                "log_every",
-                "keep",
-                "report",
-                "profile",
-                "resume",
-                "save_every",
-                "patience",
-                "zero",
-                "offload",
-            }
+            free = {"out", "log_every", "keep", "report", "profile", "resume", "save_every", "patience"}
+            free |= {"zero", "offload"}  # where a state lies is no part of it
             changed = [name for name in mine if name not in free and before.get(name) != mine[name]]
             if changed:
                 said = ", ".join(f"{name}: {before.get(name)!r} -> {mine[name]!r}" for name in changed)
