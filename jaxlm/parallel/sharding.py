@@ -95,7 +95,7 @@ def spec(
 def shardings(
     axes: Tree, shapes: Tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES
 ) -> tuple[Tree, list[Replicated]]:
-    """The NamedSharding of every leaf, and the dimensions that do not divide. ValueError as for `spec`, with the path."""
+    """The NamedSharding of every leaf, and the dimensions that do not divide. ValueError as for `spec`."""
     failed: list[Replicated] = []
 
     def one(path, names, leaf):

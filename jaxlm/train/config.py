@@ -87,9 +87,9 @@ class TrainConfig:
     `epochs` over the data. eval_every, save_every: 0 for the end only. keep: checkpoints beside the best one.
     patience: evaluations without progress before the run stops, 0 for never. zero: what the mesh's axis data cuts: 1
     the optimizer's moments, 2 gradients too, 3 parameters too. offload: "optimizer" (its moments) and "params", kept in
-    host memory between updates. reduce_dtype: in which gradients are summed over devices. adapter: {"kind": "lora",
-    "prefix" or "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported beside
-    the model.
+    host memory between updates. reduce_dtype: in which the layers' gradients are summed over devices. adapter: {"kind":
+    "lora", "prefix" or "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported
+    beside the model.
     """
 
     model: str

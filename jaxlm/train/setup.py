@@ -93,12 +93,11 @@ class Job:
             "gradients": (state.trainable, self.gradients.summed),
             "optimizer": (state.optimizer, at.optimizer),
         }
-        place = lambda kind: " in host memory" if kind == HOST else ""
-        found = [
-            f"{name} {n / 1e6:,.1f} MB{place(kind)}"
-            for name, (tree, where) in trees.items()
-            for kind, n in bytes_per_device(tree, where).items()
-        ]
+        found = []
+        for name, (tree, where) in trees.items():
+            kinds = bytes_per_device(tree, where)
+            most = max(kinds, key=lambda kind: kinds[kind])  # counters of the optimizer are never moved
+            found.append(f"{name} {sum(kinds.values()) / 1e6:,.2f} MB{' in host memory' if most == HOST else ''}")
         return [("on each", f"{', '.join(found)} (zero {self.config.zero})")]
 
 

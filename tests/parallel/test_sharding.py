@@ -71,7 +71,7 @@ def test_shardings_without_devices():
     with_devices, _ = shardings({"a": {"w": ("embed", "mlp")}}, shapes, make_mesh("fsdp=4,tensor=2"))
     assert made["a"]["w"].spec == with_devices["a"]["w"].spec == P("fsdp", "tensor")
     assert made["a"]["w"].shard_shape((16, 6)) == (4, 3)
-    with pytest.raises(ValueError, match="a/w: logical axes .* would use a mesh axis twice"):
+    with pytest.raises(ValueError, match=r"a/w: logical axes .* would use a mesh axis twice"):
         shardings({"a": {"w": ("heads", "mlp")}}, shapes, abstract_mesh("tensor=2"))
 
 

@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from jaxlm.models import decoder
+from jaxlm.models.config import MlpConfig
+from jaxlm.models.layers import reducing_in
+from jaxlm.models.mlp import Mlp
 from jaxlm.models.registry import family
-from jaxlm.parallel.mesh import AXES, make_mesh
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.sharding import batch_shardings
 from jaxlm.train import placement
 from jaxlm.train.config import TrainConfig, parse
 from jaxlm.train.objectives import Objective, causal_lm
@@ -41,7 +45,6 @@ class Case:
     hf: dict[str, Any] = dataclasses.field(default_factory=lambda: SMALL)
     zero: int = 0
     offload: tuple[str, ...] = ()
-    runtime: decoder.Runtime = decoder.Runtime()
 
     def make(self, mesh: Mesh | None):
         config = family("llama").config(self.hf)
@@ -52,7 +55,7 @@ class Case:
         if mesh is not None:
             placed, _ = state_shardings(shapes, axes, optimizer, mesh, zero=self.zero, offload=self.offload)
             gradients = gradient_shardings(shapes, axes, mesh, self.zero)
-        loss = causal_lm(Objective(backbone=decoder, config=config, runtime=self.runtime))
+        loss = causal_lm(Objective(backbone=decoder, config=config))
         step = make_train_step(loss, optimizer, settings, shardings=placed, gradients=gradients)
         return start, shapes, placed, gradients, step, make_eval_step(loss)
 
@@ -102,7 +105,7 @@ def test_stages_equal_one_device(preset, zero, accumulate):
 
 
 @pytest.mark.parametrize(
-    ("preset", "zero", "state", "gradients"),
+    ("preset", "zero", "held", "gradients"),
     [
         ("data=8", 0, 12, 4),
         ("data=8", 1, 4 + 8 / 8, 4),
@@ -112,21 +115,17 @@ def test_stages_equal_one_device(preset, zero, accumulate):
         ("data=2,fsdp=4", 1, 4 / 4 + 8 / 8, 4 / 4),
     ],
 )
-def test_bytes_of_a_parameter_on_a_device(preset, zero, state, gradients):
+def test_bytes_of_a_parameter_on_a_device(preset, zero, held, gradients):
     """12, 5, 5 and 1.5 on 8 devices for float32 parameters and Adam's moments; norm scales (0.1 %) are whole."""
     start, shapes, placed, summed, _, _ = Case(WIDE, zero).make(make_mesh(preset))
-    trees = [jax.device_put((s.trainable, s.optimizer), (placed.trainable, placed.optimizer)) for s in (start(),)]
+    state = jax.device_put(start(), placed)
+    trees = state.trainable, state.optimizer
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes.trainable))
-    device = jax.devices()[3]
-    held = sum(
-        shard.data.nbytes
-        for leaf in jax.tree.leaves(trees)
-        for shard in leaf.addressable_shards
-        if shard.device == device
-    )
-    np.testing.assert_allclose(held / count, state, rtol=0.01)
-    found = bytes_per_device(shapes.trainable, summed.summed)
-    np.testing.assert_allclose(found["device"] / count, gradients, rtol=0.01)
+    shards = [shard for leaf in jax.tree.leaves(trees) for shard in leaf.addressable_shards]
+    found = sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[3])
+    np.testing.assert_allclose(found / count, held, rtol=0.01)
+    summed_at = bytes_per_device(shapes.trainable, summed.summed)
+    np.testing.assert_allclose(summed_at["device"] / count, gradients, rtol=0.01)
 
 
 def test_the_state_stays_where_it_was():
@@ -177,25 +176,44 @@ def test_stages_need_data():
         Case(zero=2).make(make_mesh("fsdp=8"))
 
 
-# What is compiled for four chips that are not there.
+# What is compiled for four chips that are not there: two layers of the feed-forward branch instead of a model, whose
+# compilation takes a minute.
 
-CHIPS = WIDE | {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3}
+LAYERS, WIDTH = 2, 2048
+PARAMETERS = LAYERS * 3 * WIDTH * 2 * WIDTH
 
 
 @functools.cache
-def compiled(zero: int, reduce_dtype: str = "float32", offload: tuple[str, ...] = (), chip: str = "v5e"):
+def compiled(zero: int, reduce_dtype: str = "float32", offload: tuple[str, ...] = ()):
     """The step over data=4, accumulated over two micro-batches, in bfloat16."""
-    mesh = Mesh(
-        np.array(aot.tpu_topology(chip).devices).reshape(4, 1, 1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 6
-    )
-    runtime = decoder.Runtime(dtype="bfloat16", remat="full", attention="xla", reduce_dtype=reduce_dtype)
-    _, shapes, placed, _, step, _ = Case(CHIPS, zero, offload, runtime).make(mesh)
+    mesh = make_mesh("data=4", aot.tpu_topology("v5e").devices)
+    module = Mlp(MlpConfig(2 * WIDTH, "silu", gated=True), WIDTH, 0.02)
+    wide, narrow = (LAYERS, WIDTH, 2 * WIDTH), (LAYERS, 2 * WIDTH, WIDTH)
+    shape = {"gate": wide, "up": wide, "down": narrow}
+    start = lambda: {name: {"w": jnp.zeros(size)} for name, size in shape.items()}
+    named = {wide: ("layers", "embed", "mlp"), narrow: ("layers", "mlp", "embed")}
+    axes = {"params": {name: {"w": named[size]} for name, size in shape.items()}}
+
+    def loss(variables, batch, rng):
+        def layer(x, w):
+            with reducing_in(reduce_dtype):
+                y: Any = module.apply({"params": w}, x)
+            return x + y, None
+
+        x, _ = jax.lax.scan(
+            layer, batch["tokens"].astype(jnp.bfloat16)[..., None] * jnp.ones(WIDTH), variables["params"]
+        )
+        return jnp.square(x.astype(jnp.float32)).sum(), jnp.float32(x.size), {}
+
+    settings = Optimizer(rate=1e-2, schedule=Schedule(name="constant", steps=9), decay=0.1)
+    optimizer = settings.make()
+    shapes = jax.eval_shape(lambda: init_state({"params": start()}, optimizer, jax.random.key(1)))
+    placed, _ = state_shardings(shapes, axes, optimizer, mesh, zero=zero, offload=offload)
+    gradients = gradient_shardings(shapes, axes, mesh, zero)
+    step = make_train_step(loss, optimizer, settings, shardings=placed, gradients=gradients)
     at = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    tokens = jax.ShapeDtypeStruct((2, 8, 128), jnp.int32)
-    batch = {
-        name: at(tokens, s)
-        for name, s in placement.batch_shardings({"tokens": tokens, "targets": tokens}, mesh, 1).items()
-    }
+    batch = {"tokens": jax.ShapeDtypeStruct((2, 8, 128), jnp.int32)}
+    batch = {name: at(batch[name], where) for name, where in batch_shardings(batch, mesh, lead=1).items()}
     with jax.set_mesh(mesh):
         return step.lower(jax.tree.map(at, shapes, placed), batch).compile()
 
@@ -216,3 +234,31 @@ def collectives(text: str) -> Counter[tuple[str, str, int]]:
             for dtype, shape in re.findall(r"\b(f32|bf16)\[([\d,]*)\]", match[1]):
                 found[kind, dtype, int(np.prod([int(n) for n in shape.split(",") if n]))] += 1
     return found
+
+
+@needs_libtpu
+def test_stage_2_reduce_scatters():
+    """Gradients come to a device as its share, and only that is kept while micro-batches are summed."""
+    found = [collectives(compiled(zero).as_text()) for zero in (0, 2)]
+    kinds = [{kind for kind, _, size in one if size >= WIDTH**2 / 4} for one in found]
+    assert kinds == [{"all-reduce"}, {"reduce-scatter", "all-gather"}]  # what is gathered are new parameters
+    memory = [compiled(zero).memory_analysis() for zero in (0, 2)]
+    temporaries = [one.temp_size_in_bytes / PARAMETERS for one in memory]
+    assert temporaries[1] < temporaries[0] - 2, temporaries
+    held = [one.argument_size_in_bytes / PARAMETERS for one in memory]
+    np.testing.assert_allclose(held, [12, 4 + 8 / 4], rtol=0.01)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_summed_in_the_dtype_asked_for(dtype):
+    found = collectives(compiled(2, dtype).as_text())
+    kinds = {kind for name, kind, size in found if name == "reduce-scatter" and size >= WIDTH**2 / 4}
+    assert kinds == {{"float32": "f32", "bfloat16": "bf16"}[dtype]}
+
+
+@needs_libtpu
+def test_host_memory_is_no_argument_of_the_device():
+    memory = compiled(1, offload=("optimizer",)).memory_analysis()
+    np.testing.assert_allclose(memory.host_argument_size_in_bytes / PARAMETERS, 8 / 4, rtol=0.01)
+    np.testing.assert_allclose(memory.argument_size_in_bytes / PARAMETERS, 4, rtol=0.01)
