@@ -57,16 +57,18 @@ def initialize(
         options |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
     try:
         jax.distributed.initialize(**options)
-    except ValueError as problem:
-        if coordinator is not None or "coordinator_address" not in str(problem):
+    except (ValueError, RuntimeError) as problem:
+        # Nothing to join, or, where a program has used its devices already, nothing to be joined any more.
+        alone = "coordinator_address" in str(problem) or "must be called before" in str(problem)
+        if coordinator is not None or not alone:
             raise
         counts = {name: os.environ[name] for name in _COUNTS if os.environ.get(name, "1") != "1"}
         if counts:
             raise ValueError(
-                f"{counts} says that there are several processes, and jax found no cluster it knows ({problem}): "
-                "say coordinator, processes and process_id"
+                f"{counts} says that there are several processes, and jax cannot join them; say coordinator, processes "
+                f"and process_id, before anything uses a device ({str(problem).splitlines()[0]})"
             ) from problem
-        log.info("one process: jax found no cluster (%s)", problem)
+        log.info("one process: %s", problem)
         return
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
@@ -112,6 +114,19 @@ def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:
         )
     mine = rows[jax.process_index()]
     return parts.index((min(mine), max(mine) + 1)), len(parts)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put` that also takes what every process has for itself (a key, a count) to all of them."""
+
+    def one(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+
+    return jax.tree.map(one, tree, shardings)
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ def _on_mesh(job: Job) -> Job:
     mesh = make_mesh(job.config.mesh)
     axes = {"params": job.model.family.backbone.logical_axes(job.model.config)}
     placed, whole = state_shardings(job.state, axes, job.optimizer, mesh)
-    state = jax.device_put(job.state, placed)
+    state = hosts.place(job.state, placed)
     return dataclasses.replace(job, state=state, mesh=mesh, shardings=placed, whole=tuple(whole))
 
 

@@ -1,4 +1,4 @@
-"""Real processes on one machine, joined as hosts are: loading, training, checkpoints, and what the death of one does."""
+"""Real processes on one machine, joined as hosts are: loading, training, checkpoints, and the death of one."""
 
 import json
 import os
