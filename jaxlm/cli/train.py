@@ -45,7 +45,7 @@ def train(
     from jaxlm.parallel import hosts
 
     hosts.initialize(coordinator, processes, process_id)
-    with hosts.failing_together():
+    with hosts.failing_together("start all of them again, and the run goes on from its last checkpoint"):
         return _run(chosen, dry_run, hosts.leads())
 
 

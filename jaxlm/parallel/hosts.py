@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Without a sign of life for this long, a process counts as dead, and every other one stops.
 HEARTBEAT_SECONDS = 100
 # What a scheduler sets for each process it starts; more than one means that they belong together.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JAX_NUM_PROCESSES")
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _ON_THIS_MACHINE = ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
@@ -41,7 +41,8 @@ def initialize(
 
     coordinator: HOST:PORT at which process 0 is reached, given together with the number of processes and this one's.
     Without them jax asks SLURM, Open MPI, Kubernetes or the TPU pod; on a machine that none of those manages, nothing
-    happens. heartbeat_seconds: how long after a process's death every other one stops, with an error that names it.
+    happens. heartbeat_seconds: how long after a process falls silent every other one stops with an error, at the
+    latest; a connection that breaks ends them at once (`failing_together`).
     """
     given = (coordinator, processes, process_id)
     if any(one is not None for one in given) and any(one is None for one in given):
@@ -57,16 +58,18 @@ def initialize(
         options |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
     try:
         jax.distributed.initialize(**options)
-    except ValueError as problem:
-        if coordinator is not None or "coordinator_address" not in str(problem):
+    except (ValueError, RuntimeError) as problem:
+        # Nothing to join, or, where a program has used its devices already, nothing to be joined any more.
+        alone = "coordinator_address" in str(problem) or "must be called before" in str(problem)
+        if coordinator is not None or not alone:
             raise
         counts = {name: os.environ[name] for name in _COUNTS if os.environ.get(name, "1") != "1"}
         if counts:
             raise ValueError(
-                f"{counts} says that there are several processes, and jax found no cluster it knows ({problem}): "
-                "say coordinator, processes and process_id"
+                f"{counts} says that there are several processes, and jax cannot join them; say coordinator, processes "
+                f"and process_id, before anything uses a device ({str(problem).splitlines()[0]})"
             ) from problem
-        log.info("one process: jax found no cluster (%s)", problem)
+        log.info("one process: %s", problem)
         return
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
@@ -114,6 +117,19 @@ def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:
     return parts.index((min(mine), max(mine) + 1)), len(parts)
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put` that also takes what every process has for itself (a key, a count) to all of them."""
+
+    def one(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+
+    return jax.tree.map(one, tree, shardings)
+
+
 @contextlib.contextmanager
 def leader_first(what: str) -> Iterator[None]:
     """The first process runs the block before the others do, who then find what it made."""
@@ -130,8 +146,8 @@ def ends(step: int) -> bool:
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """An error in the block ends this process at once, with exit code 1, where there are several.
+def failing_together(then: str) -> Iterator[None]:
+    """An error in the block ends this process at once, with exit code 1, where there are several. then: what to do.
 
     Python would first wait for the others, who wait for this one in their next computation; so they see it leave.
     """
@@ -143,7 +159,7 @@ def failing_together() -> Iterator[None]:
         where = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(problem, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(problem):
             said = (str(problem).splitlines() or ["no reason given"])[0]
-            message = f"error: {where} has lost another one, and stops ({said}); the others stop too"
+            message = f"error: {where} has lost another one, and stops; {then} ({said})"
         elif isinstance(problem, ValueError | OSError):
             message = f"error: {where}: {problem}"
         else:

@@ -152,7 +152,7 @@ def _on_mesh(job: Job) -> Job:
     axes = {"params": job.model.family.backbone.logical_axes(job.model.config)}
     placed, whole = state_shardings(job.state, axes, job.optimizer, mesh, zero=zero, offload=offload)
     gradients = gradient_shardings(job.state, axes, mesh, zero)
-    state = jax.device_put(job.state, placed)
+    state = hosts.place(job.state, placed)
     return dataclasses.replace(
         job, state=state, mesh=mesh, shardings=placed, gradients=gradients, whole=tuple(whole)
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Real processes on one machine, joined as hosts are: loading, training, checkpoints, and what the death of one does."""
+"""Real processes on one machine, joined as hosts are: loading, training, checkpoints, and the death of one."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def counting(self, view, begin, name):
     count += view.nbytes
     fill(self, view, begin, name)
 SafetensorsSource._fill = counting
-with hosts.failing_together():
+with hosts.failing_together("start again"):
     if (out / "source").is_dir():
         model = jaxlm.load(out / "source", mesh="fsdp=8")
         tokens = np.arange(12).reshape(2, 6)
@@ -86,21 +86,27 @@ def finish(begun: list[subprocess.Popen]) -> None:
 
 
 def settings(ground: Path, out: Path, **more):
-    data = {"train": str(ground / "train.jsonl"), "seq_len": 32, "batch_size": 8}
+    train, evaluated = (str(ground / f"{name}.jsonl") for name in ("train", "eval"))
+    data = {"train": train, "eval": evaluated, "seq_len": 32, "batch_size": 8}
     given = {"data": data, "mesh": "fsdp=8", "steps": 4, "eval_every": 0, "log_every": 1, "accumulate": 1}
     return config(ground, out, **given | more)
 
 
-def losses(out: Path) -> list[float]:
-    return [row["loss"] for row in rows(out) if "loss" in row]
+def losses(out: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in rows(out) if name in row]
 
 
 @pytest.fixture(scope="module")
-def alone(ground, tmp_path_factory) -> list[float]:
-    """The losses of an uninterrupted run of one process."""
+def alone(ground, tmp_path_factory) -> Path:
+    """An uninterrupted run of one process."""
     out = tmp_path_factory.mktemp("alone")
     Run(setup(settings(ground, out))).train()
-    return losses(out)
+    return out
+
+
+def assert_same_curve(out: Path, alone: Path) -> None:
+    np.testing.assert_allclose(losses(out), losses(alone), rtol=1e-5)
+    np.testing.assert_allclose(losses(out, "eval_loss")[-1], losses(alone, "eval_loss")[-1], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +141,14 @@ def test_one_process_goes_on_where_two_stopped(ground, interrupted, alone, tmp_p
     chosen = resumed(ground, interrupted, tmp_path)
     assert len(losses(tmp_path / "run")) == 2  # written once, not by both
     assert Run(setup(chosen)).train().step == 4
-    np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-5)
+    assert_same_curve(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
 def test_four_processes_go_on_where_two_stopped(ground, interrupted, alone, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain(resumed(ground, interrupted, tmp_path))))
     finish(begin(tmp_path, 4))
-    np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-5)
+    assert_same_curve(tmp_path / "run", alone)
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
@@ -155,7 +161,9 @@ def test_the_others_stop_when_one_is_killed(ground, tmp_path):
         killed.kill()
         since = time.monotonic()
         said = left.communicate(timeout=60)[0]
-        assert left.returncode != 0 and "process 0 of 2 has lost another one, and stops" in said, said[-3000:]
+        assert left.returncode != 0 and "process 0 of 2 has lost another one, and stops; start again" in said, said[
+            -3000:
+        ]
         assert time.monotonic() - since < 30
     finally:
         for process in begun:
