@@ -115,3 +115,38 @@ TABLE = [
 @pytest.mark.parametrize(("name", "preset", "runtime"), TABLE, ids=lambda x: x if isinstance(x, str) else "")
 def test_equals_one_device(name, preset, runtime):
     assert_equal(loss_and_gradients(name, preset, runtime), alone(name))
+
+
+def decoded(name: str, preset: str | None) -> list[np.ndarray]:
+    """Logits of a whole pass, of a prompt into a cache, and of one more token."""
+    config, params = model(name)
+    tokens = batch()["tokens"]
+    at = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+
+    def run(params, tokens):
+        whole, _, _ = decoder.forward(config, params, tokens)
+        cache = decoder.init_cache(config, params, ROWS, LENGTH)
+        first, cache, _ = decoder.forward(config, params, tokens[:, :-1], positions=at[:, :-1], cache=cache)
+        last, _, _ = decoder.forward(config, params, tokens[:, -1:], positions=at[:, -1:], cache=cache)
+        return whole, first, last
+
+    if preset is None:
+        return jax.device_get(jax.jit(run)(params, tokens))
+    mesh = make_mesh(preset)
+    placed, _ = shardings(decoder.logical_axes(config), params, mesh)
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(run)(jax.device_put(params, placed), place_batch({"t": tokens}, mesh)["t"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("dense", "tensor=8"),
+        ("dense", "sequence=2,tensor=2,fsdp=2"),
+        ("moe", "expert=2,tensor=2,fsdp=2"),
+        ("dense", "pipe=2,tensor=2,fsdp=2"),  # without a pipeline every device computes every layer
+    ],
+)
+def test_logits_and_decoding(name, preset):
+    for got, want in zip(decoded(name, preset), decoded(name, None), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
