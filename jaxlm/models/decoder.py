@@ -155,8 +155,8 @@ def trunk(
     in one piece. rope_len
     (default T) is the length that `dynamic` and `longrope` frequencies are made for; with a cache it must be given
     for those. taps=("residual",) returns the stream after each layer, aux["residual"] [L, B, T, D]. aux["router_loss"]
-    is the load-balancing loss of mixture-of-experts layers, aux["router_dropped"] the share of choices that were dropped
-    for want of capacity. rng switches dropout on. adapters: a tree as
+    is the load-balancing loss of mixture-of-experts layers, aux["router_dropped"] the share of choices that found no
+    room. rng switches dropout on. adapters: a tree as
     models/adapters.py describes it; its virtual tokens come first, seen by all, and are in no result; positions and
     rope_len do not count them. With a cache they are in it (`begin`), and counted.
     """
@@ -180,7 +180,9 @@ def trunk(
         if adapters is not None:
             p, own = p["params"], adapting.of_layer(p["adapters"], rng, depth)
         args = x, tokens, state, jnp.asarray(depth), rng
-        x, state, extra = _apply(Block(config, kind, runtime.attention, runtime.expert_capacity), p, *args, adapters=own)
+        x, state, extra = _apply(
+            Block(config, kind, runtime.attention, runtime.expert_capacity), p, *args, adapters=own
+        )
         return x, state, extra | ({"residual": x} if "residual" in taps else {})
 
     stacks = _stacks(config, params)

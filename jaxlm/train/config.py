@@ -87,9 +87,9 @@ class TrainConfig:
     `epochs` over the data. eval_every, save_every: 0 for the end only. keep: checkpoints beside the best one.
     patience: evaluations without progress before the run stops, 0 for never. adapter: {"kind": "lora", "prefix" or
     "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported beside the model.
-    attention: an implementation, None to choose; over a mesh's `sequence` that is "ring", or "all_to_all". microbatches:
-    how many a pipeline over `pipe` makes of its rows, 0 to choose. expert_capacity: rows that an expert takes, as a
-    multiple of an even share, the rest is dropped and counted; 0 drops nothing.
+    attention: an implementation, None to choose; over a mesh's axis sequence that is "ring" or "all_to_all".
+    microbatches: how many a pipeline over the axis pipe makes of its rows, 0 to choose. expert_capacity: rows that an
+    expert takes, as a multiple of an even share, the rest is dropped and counted; 0 drops nothing.
     """
 
     model: str
@@ -130,7 +130,16 @@ class TrainConfig:
         for name in ("accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("steps", "eval_every", "save_every", "eval_batches", "keep", "patience", "microbatches", "expert_capacity"):
+        for name in (
+            "steps",
+            "eval_every",
+            "save_every",
+            "eval_batches",
+            "keep",
+            "patience",
+            "microbatches",
+            "expert_capacity",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
         if not self.steps and not self.epochs > 0:

@@ -143,7 +143,11 @@ class Run:
         tokens = len(found) * self.job.train.batch_size * self.job.train.seq_len
         self.memory.tokens += float(weights.sum())
         values = (
-            {name: mean(name) for name in found[0] if name in ("loss", "nll", "accuracy", "router_loss", "router_dropped")}
+            {
+                name: mean(name)
+                for name in found[0]
+                if name in ("loss", "nll", "accuracy", "router_loss", "router_dropped")
+            }
             if keep.any()
             else {}
         )

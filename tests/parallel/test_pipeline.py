@@ -41,8 +41,10 @@ def test_equals_the_loop_over_layers(m):
 
 def test_every_micro_batch_draws_its_own_noise():
     with jax.set_mesh(make_mesh("pipe=2", jax.devices()[:2])):
-        got, _ = jax.jit(lambda x, key: run(Pipeline(2), x, key, w=jnp.zeros(4)))(jnp.zeros((4, 1, 1)), jax.random.key(0))
-    noise = got[:, 0, 0] - 4 * jnp.arange(4) / 7
+        got, _ = jax.jit(lambda x, key: run(Pipeline(2), x, key, w=jnp.zeros(4)))(
+            jnp.zeros((4, 1, 1)), jax.random.key(0)
+        )
+    noise = np.asarray(got[:, 0, 0]) - 4 * np.arange(4) / 7
     assert noise[0] == pytest.approx(noise[2], abs=1e-6) and abs(noise[0] - noise[1]) > 1e-3
 
 

@@ -27,7 +27,10 @@ def test_a_run_over_pipe_sequence_and_fsdp(ground, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mesh": "sequence=8", "data": {"train": "train.jsonl", "seq_len": 36}}, "36 tokens do not split over sequence=8"),
+        (
+            {"mesh": "sequence=8", "data": {"train": "train.jsonl", "seq_len": 36}},
+            "36 tokens do not split over sequence=8",
+        ),
         ({"mesh": "pipe=8"}, "2 layers do not split over pipe=8"),
         ({"mesh": "fsdp=8", "microbatches": 4}, "microbatches=4 are a pipeline's"),
         ({"expert_capacity": -1.0}, "expert_capacity=-1.0: expected 0 or more"),
