@@ -16,8 +16,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Key
 
 from jaxlm.kernels.block_table import BlockTable, multiplicity
-from jaxlm.kernels.call import Call, call_of, dropout_seed, kept, precision, visible
+from jaxlm.kernels.call import Call, call_of, dropout_seed, kept, precision, repeat_heads, visible
 from jaxlm.kernels.masks import Mask
+from jaxlm.parallel.sharding import sizes
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def attention(
     attention to equal numbers; k_valid hides keys. bias is added to the logits, and alibi, slopes by head, as
     slope * (k_pos - q_pos), both after the softcap; sinks are extra logits without a value; dropout is (rate, key). A
     query that sees no key returns zeros. impl names an implementation, which then runs or raises NotImplementedError;
-    None takes the first that can and does not decline. Shapes that do not fit are a ValueError.
+    None takes the first that can and does not decline. Over a mesh that cuts query heads further than there are
+    key-value heads, those are repeated. Shapes that do not fit are a ValueError.
     """
     named = {
         "q_pos": q_pos,
@@ -113,6 +115,7 @@ def attention(
     if isinstance(mask, BlockTable):
         mask.validate(q.shape[1], k.shape[1], q.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = repeat_heads(q, k, v, sizes().get("tensor", 1))
     chosen = choose(call_of(q, k, v, mask, given, return_lse), impl)
     return chosen.run(q, k, v, mask, scale=scale, return_lse=return_lse, **given)
 

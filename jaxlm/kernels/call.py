@@ -1,6 +1,7 @@
 """What implementations of attention share: the call they judge, visibility, dropout's draws, and precision."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -74,6 +75,13 @@ def visible(
     if k_valid is not None:
         seen = seen & k_valid[..., None, :]
     return seen
+
+
+def repeat_heads(q: Array, k: Array, v: Array, ways: int) -> tuple[Array, Array]:
+    """k and v, their heads repeated until `ways` devices get as many each, if query heads still share them evenly."""
+    heads = math.lcm(k.shape[2], ways)
+    times = heads // k.shape[2] if q.shape[2] % heads == 0 else 1
+    return (k, v) if times == 1 else (jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2))
 
 
 def varying_zero(arrays: dict[str, Array]) -> Any:

@@ -159,8 +159,8 @@ def trunk(
     in one piece. rope_len
     (default T) is the length that `dynamic` and `longrope` frequencies are made for; with a cache it must be given
     for those. taps=("residual",) returns the stream after each layer, aux["residual"] [L, B, T, D]. aux["router_loss"]
-    is the load-balancing loss of mixture-of-experts layers, aux["router_dropped"] the share of choices that were dropped
-    for want of capacity. rng switches dropout on. adapters: a tree as
+    is the load-balancing loss of mixture-of-experts layers, aux["router_dropped"] the share of choices that found no
+    room. rng switches dropout on. adapters: a tree as
     models/adapters.py describes it; its virtual tokens come first, seen by all, and are in no result; positions and
     rope_len do not count them. With a cache they are in it (`begin`), and counted.
     """

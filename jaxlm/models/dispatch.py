@@ -30,7 +30,8 @@ class Dispatch:
     """How rows reach the experts of this device.
 
     cut: this device has a part of the experts. exchange: and a part of the rows of its peers on that axis. partial: the
-    axes over which a result is a sum of parts. rows: the axes that cut rows.
+    axes over which a result is a sum of parts. gathered: those that cut the matrices' width D. rows: those that cut
+    rows.
     """
 
     experts: int
@@ -39,6 +40,7 @@ class Dispatch:
     cut: bool = False
     exchange: bool = False
     partial: tuple[str, ...] = ()
+    gathered: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
 
 
@@ -58,13 +60,14 @@ def dispatch(
     whole = lambda axes, a: spec(axes, a.shape, mesh)[0]
     of_rows = whole(("batch", "length", None), x)
     of_matrices = {
-        name: whole(("experts", "mlp", None) if name == "down" else ("experts", None, "mlp"), w)
+        name: whole(("experts", "mlp", "embed") if name == "down" else ("experts", "embed", "mlp"), w)
         for name, w in matrices.items()
     }
-    rows = tuple(jax.tree.leaves(tuple(of_rows)))
-    cut, features = of_matrices["down"][0] == AXIS, of_matrices["down"][1]
+    axes_of = lambda part: tuple(jax.tree.leaves(part))
+    rows, down = axes_of(tuple(of_rows)), of_matrices["down"]
     how = dataclasses.replace(
-        how, cut=cut, exchange=cut and AXIS in rows, partial=() if features is None else (features,), rows=rows
+        how, cut=down[0] == AXIS, exchange=down[0] == AXIS and AXIS in rows, partial=axes_of(down[1]),
+        gathered=axes_of(down[2]), rows=rows,
     )  # fmt: skip
     manual = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
     ins = (of_rows, of_rows, of_rows, of_matrices, P(*of_rows[:2]))
@@ -76,6 +79,9 @@ def dispatch(
 
 def _rows(x, weights, chosen, matrices, valid, how: Dispatch) -> tuple[Array, Array]:
     rows, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))  # [M, D], [M, k], [M, k]
+    if how.gathered:  # here, not before: the gradient of this gathering is a reduce-scatter
+        whole = lambda name, w: jax.lax.all_gather(w, how.gathered, axis=2 if name == "down" else 1, tiled=True)
+        matrices = {name: whole(name, w) for name, w in matrices.items()}
     if how.capacity is None:
         y, dropped = _dropless(rows, weights, chosen, matrices, how), jnp.float32(0)
     else:

@@ -1,4 +1,4 @@
-"""Layers cut over the mesh axis `pipe`: each device runs its own, and micro-batches go around (GPipe, arXiv 1811.06965).
+"""Layers cut over the mesh axis `pipe`: each device runs its own on one micro-batch after another (arXiv 1811.06965).
 
 The stacks stay as they are stored: cut on their first axis, a device holds successive layers. A step of the schedule
 runs one micro-batch through every stage and passes the results on; after m + P - 1 steps all m micro-batches have seen

@@ -25,7 +25,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.attention import attention
-from jaxlm.kernels.call import Call
+from jaxlm.kernels.call import Call, repeat_heads
 from jaxlm.kernels.masks import EVERYTHING, FULL, SKIP, Mask, Moved
 from jaxlm.parallel.sharding import sizes, spec
 
@@ -36,7 +36,7 @@ FEATURES = frozenset({*QUERY_LINES, *KEY_LINES, "softcap", "sinks"})
 
 def ring(q, k, v, mask, *, scale, return_lse=False, softcap=None, **arrays):
     """Attention as `attention` defines it; T and S are cut alike over the ring."""
-    arrays = {"q": q, **_shared_out(q, k, v, _tensor(q)), **arrays}
+    arrays = {"q": q, "k": k, "v": v, **arrays}
     if not mask.relative or {"q_pos", "k_pos"} & arrays.keys():
         whole = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
         arrays = {"q_pos": whole, "k_pos": whole} | arrays
@@ -54,7 +54,8 @@ def refuses_ring(call: Call) -> str | None:
 
 def all_to_all(q, k, v, mask, *, scale, return_lse=False, softcap=None, **arrays):
     """Attention as `attention` defines it, each device computing all tokens of its part of the heads."""
-    arrays = {"q": q, **_shared_out(q, k, v, _tensor(q) * sizes()[AXIS]), **arrays}
+    k, v = repeat_heads(q, k, v, _tensor(q) * sizes()[AXIS])
+    arrays = {"q": q, "k": k, "v": v, **arrays}
     specs = _specs(arrays)
     if "sinks" in arrays:
         specs["sinks"] = P((*(axis for axis in ("tensor",) if _tensor(q) > 1), AXIS))
@@ -96,13 +97,6 @@ def _tensor(q) -> int:
     """How many ways the query heads are cut already."""
     ways = sizes().get("tensor", 1)
     return 1 if q.shape[2] % ways else ways
-
-
-def _shared_out(q: Array, k: Array, v: Array, ways: int) -> dict[str, Array]:
-    """k and v, their heads repeated until `ways` devices get as many each, if query heads still share them evenly."""
-    heads = math.lcm(k.shape[2], ways)
-    times = heads // k.shape[2] if q.shape[2] % heads == 0 else 1
-    return {"k": jnp.repeat(k, times, axis=2), "v": jnp.repeat(v, times, axis=2)}
 
 
 def _specs(arrays: dict[str, Array]) -> dict[str, P]:

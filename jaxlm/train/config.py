@@ -89,7 +89,9 @@ class TrainConfig:
     the optimizer's moments, 2 gradients too, 3 parameters too. offload: "optimizer" (its moments) and "params", kept in
     host memory between updates. reduce_dtype: in which the layers' gradients are summed over devices. adapter: {"kind":
     "lora", "prefix" or "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported
-    beside the model.
+    beside the model. attention: an implementation, None to choose; over a mesh's axis sequence that is "ring" or
+    "all_to_all". microbatches: how many a pipeline over the axis pipe makes of its rows, 0 to choose. expert_capacity:
+    rows that an expert takes, as a multiple of an even share, the rest is dropped and counted; 0 drops nothing.
     """
 
     model: str
@@ -107,6 +109,8 @@ class TrainConfig:
     reduce_dtype: str = "float32"
     remat: str = "none"
     attention: str | None = None
+    microbatches: int = 0
+    expert_capacity: float = 0.0
     accumulate: int = 1
     steps: int = 0
     epochs: float = 1.0
@@ -138,7 +142,8 @@ class TrainConfig:
         for name in ("accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("steps", "eval_every", "save_every", "eval_batches", "patience"):
+        counts = ("steps", "eval_every", "save_every", "eval_batches", "patience", "microbatches", "expert_capacity")
+        for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
         if not self.steps and not self.epochs > 0:

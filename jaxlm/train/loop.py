@@ -181,7 +181,11 @@ class Run:
         )
         self.memory.tokens += float(weights.sum())
         values = (
-            {name: mean(name) for name in found[0] if name in ("loss", "nll", "accuracy", "router_loss")}
+            {
+                name: mean(name)
+                for name in found[0]
+                if name in ("loss", "nll", "accuracy", "router_loss", "router_dropped")
+            }
             if keep.any()
             else {}
         )

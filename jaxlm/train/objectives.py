@@ -48,7 +48,9 @@ class Objective:
         return hidden, aux
 
     def add_router(self, total: Array, weight: Array, aux: Metrics, metrics: Metrics) -> tuple[Array, Array, Metrics]:
-        """With the router's loss, weighted like everything else by the targets of its batch."""
+        """With the router's loss, weighted like everything else by the targets of its batch, and what it dropped."""
+        if self.runtime.expert_capacity is not None and "router_dropped" in aux:
+            metrics = metrics | {"router_dropped": aux["router_dropped"] * weight}
         if not self.router or "router_loss" not in aux:
             return total, weight, metrics
         balance = aux["router_loss"] * weight

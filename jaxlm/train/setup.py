@@ -18,6 +18,7 @@ from jaxlm.model import Model
 from jaxlm.models.decoder import Runtime
 from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh, parse_preset
+from jaxlm.parallel.pipeline import Pipeline
 from jaxlm.parallel.sharding import Replicated
 from jaxlm.train import adapters
 from jaxlm.train.adapters import AdapterConfig, Lora, Prefix, Prompt, is_trainable
@@ -144,10 +145,6 @@ def _on_mesh(job: Job) -> Job:
     if job.config.mesh is None:
         mesh = make_mesh("data=1", jax.devices()[:1])
     else:
-        if others := set(parse_preset(job.config.mesh)) - {"data", "fsdp"}:
-            raise ValueError(
-                f"mesh={job.config.mesh!r}: training runs over data and fsdp, not yet over {', '.join(others)}"
-            )
         mesh = make_mesh(job.config.mesh)
     axes = {"params": job.model.family.backbone.logical_axes(job.model.config)}
     placed, whole = state_shardings(job.state, axes, job.optimizer, mesh, zero=zero, offload=offload)
@@ -168,10 +165,28 @@ def _model(config: TrainConfig) -> Model:
         )
     else:
         model = api.load(config.model, dtype="float32", ignore_fields=config.ignore_fields, mesh=config.mesh)
-    runtime = Runtime(
-        dtype=config.precision, attention=config.attention, remat=config.remat, reduce_dtype=config.reduce_dtype
+    return dataclasses.replace(model, runtime=_runtime(config, model.config), layers="stacked")
+
+
+def _runtime(config: TrainConfig, model: Any) -> Runtime:
+    """How the model runs, checked against the mesh; ValueError for what that cannot split."""
+    sizes = parse_preset(config.mesh) if config.mesh else {}
+    sequence, pipe = sizes.get("sequence", 1), sizes.get("pipe", 1)
+    lengths = config.data.buckets if config.data.mode == "bucket" else (config.data.seq_len,)
+    if uncut := [length for length in lengths if length % sequence]:
+        raise ValueError(f"mesh={config.mesh!r}: sequences of {uncut[0]} tokens do not split over sequence={sequence}")
+    if len(model.kinds) % pipe:
+        raise ValueError(f"mesh={config.mesh!r}: {len(model.kinds)} layers do not split over pipe={pipe}")
+    if config.microbatches and pipe == 1:
+        raise ValueError(f"microbatches={config.microbatches} are a pipeline's, and mesh={config.mesh!r} has no pipe")
+    return Runtime(
+        dtype=config.precision,
+        attention=config.attention,
+        remat=config.remat,
+        expert_capacity=config.expert_capacity or None,
+        reduce_dtype=config.reduce_dtype,
+        layers=Pipeline(config.microbatches) if pipe > 1 else None,
     )
-    return dataclasses.replace(model, runtime=runtime, layers="stacked")
 
 
 def _adapter(config: TrainConfig, model: Model) -> tuple[AdapterConfig, Any]:

@@ -31,6 +31,7 @@ MOE = _COMMON | {
 }  # fmt: skip
 CONFIGS = {"dense": DENSE, "moe": MOE}
 ROWS, LENGTH = 8, 16
+PLAIN = Runtime()
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def batch() -> dict[str, np.ndarray]:
     return {"tokens": tokens, "targets": np.where(padding, -100, targets), "segments": segments, "positions": positions}
 
 
-def loss_and_gradients(name: str, preset: str | None, runtime: Runtime = Runtime()):
+def loss_and_gradients(name: str, preset: str | None, runtime: Runtime = PLAIN):
     """(loss, gradients) of the batch, as numpy."""
     config, params = model(name)
     objective = causal_lm(Objective(backbone=decoder, config=config, runtime=runtime, router=0.1))
@@ -88,21 +89,21 @@ def assert_equal(got, want, tolerance: float = 1e-5):
 PIPELINE = Runtime(layers=Pipeline())
 EXCHANGE = Runtime(attention="all_to_all")
 TABLE = [
-    ("dense", "data=8", Runtime()),
-    ("dense", "fsdp=8", Runtime()),
-    ("dense", "data=2,fsdp=4", Runtime()),
-    ("dense", "data=4,tensor=2", Runtime()),
-    ("dense", "tensor=8", Runtime()),  # 8 heads divide, 4 key-value heads do not
-    ("dense", "data=2,fsdp=2,tensor=2", Runtime()),
+    ("dense", "data=8", PLAIN),
+    ("dense", "fsdp=8", PLAIN),
+    ("dense", "data=2,fsdp=4", PLAIN),
+    ("dense", "data=4,tensor=2", PLAIN),
+    ("dense", "tensor=8", PLAIN),  # 8 heads divide, 4 key-value heads do not
+    ("dense", "data=2,fsdp=2,tensor=2", PLAIN),
     ("dense", "sequence=8", Runtime(attention="ring")),
     ("dense", "sequence=2,fsdp=2,tensor=2", Runtime(remat="full")),  # the ring is the choice
     ("dense", "sequence=2,fsdp=2,tensor=2", EXCHANGE),
-    ("moe", "fsdp=4,tensor=2", Runtime()),
-    ("moe", "expert=4", Runtime()),
-    ("moe", "expert=2,tensor=2,fsdp=2", Runtime()),
-    ("moe", "expert=2,sequence=2,data=2", Runtime()),
+    ("moe", "fsdp=4,tensor=2", PLAIN),
+    ("moe", "expert=4", PLAIN),
+    ("moe", "expert=2,tensor=2,fsdp=2", PLAIN),
+    ("moe", "expert=2,sequence=2,data=2", PLAIN),
     ("moe", "expert=2,tensor=2,fsdp=2", Runtime(expert_capacity=9.0)),  # room for all
-    ("moe", "expert=8", Runtime()),  # 4 experts stay whole
+    ("moe", "expert=8", PLAIN),  # 4 experts stay whole
     ("dense", "pipe=2", PIPELINE),
     ("dense", "pipe=4,fsdp=2", Runtime(layers=Pipeline(4), remat="full")),
     ("dense", "pipe=2,tensor=2,fsdp=2", PIPELINE),
@@ -114,3 +115,38 @@ TABLE = [
 @pytest.mark.parametrize(("name", "preset", "runtime"), TABLE, ids=lambda x: x if isinstance(x, str) else "")
 def test_equals_one_device(name, preset, runtime):
     assert_equal(loss_and_gradients(name, preset, runtime), alone(name))
+
+
+def decoded(name: str, preset: str | None) -> list[np.ndarray]:
+    """Logits of a whole pass, of a prompt into a cache, and of one more token."""
+    config, params = model(name)
+    tokens = batch()["tokens"]
+    at = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens.shape)
+
+    def run(params, tokens):
+        whole, _, _ = decoder.forward(config, params, tokens)
+        cache = decoder.init_cache(config, params, ROWS, LENGTH)
+        first, cache, _ = decoder.forward(config, params, tokens[:, :-1], positions=at[:, :-1], cache=cache)
+        last, _, _ = decoder.forward(config, params, tokens[:, -1:], positions=at[:, -1:], cache=cache)
+        return whole, first, last
+
+    if preset is None:
+        return jax.device_get(jax.jit(run)(params, tokens))
+    mesh = make_mesh(preset)
+    placed, _ = shardings(decoder.logical_axes(config), params, mesh)
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(run)(jax.device_put(params, placed), place_batch({"t": tokens}, mesh)["t"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("dense", "tensor=8"),
+        ("dense", "sequence=2,tensor=2,fsdp=2"),
+        ("moe", "expert=2,tensor=2,fsdp=2"),
+        ("dense", "pipe=2,tensor=2,fsdp=2"),  # without a pipeline every device computes every layer
+    ],
+)
+def test_logits_and_decoding(name, preset):
+    for got, want in zip(decoded(name, preset), decoded(name, None), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
