@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "write a checkpoint as Hugging Face safetensors, also from GGUF",
     "prepare": "tokenize a data set once, into a cache for training",
     "verify": "compare a checkpoint's logits and greedy text with transformers (needs torch)",
+    "plan": "whether a run fits a machine, and what it takes, without the machine",
     "families": "the architectures there are, and how near each is to transformers",
 }
 # What bad input raises; anything else is a mistake of ours, and its traceback is wanted.
