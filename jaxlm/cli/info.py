@@ -1,15 +1,18 @@
 """`jaxlm info`: what a checkpoint holds, from its config and the headers of its files; no weights are read."""
 
+import dataclasses
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.table import Table
 
-from jaxlm.cli.console import IgnoreFields, Option, Source, count, facts, fetch, out, size, table
+from jaxlm.cli.console import Dtype, IgnoreFields, Option, Source, count, facts, fetch, out, size, table
 
 Stored = dict[str, tuple[str, tuple[int, ...], int, str]]  # tensor -> type, shape, bytes, file
+_STORED = ("type", "shape", "bytes", "file")
 
 
 def info(
@@ -17,18 +20,26 @@ def info(
     /,
     *,
     params: Annotated[bool, Option(help="also list every tensor")] = False,
+    mesh: Annotated[
+        str | None, Option(help="also say where parameters go, as fsdp=4,tensor=2; needs no device")
+    ] = None,
+    dtype: Annotated[Dtype, Option(help="of the parameters on the mesh; default the checkpoint's")] = None,
+    json_: Annotated[bool, Option(name="json", help="print JSON instead of tables")] = False,
     ignore_fields: IgnoreFields = (),
 ) -> int:
     """Says what a checkpoint holds: architecture, kinds of layers, parameters, context length, tokenizer.
 
-    Reads the config and the headers of the files, never the weights.
+    With --mesh also every parameter's cuts and its bytes on each device. Reads the config and the headers of the files,
+    never the weights.
 
-    Example: jaxlm info SmolLM2.gguf --params
+    Example: jaxlm info SmolLM2.gguf --params --mesh fsdp=4,tensor=2
     """
     from jaxlm.checkpoints.gguf import GgufSource
     from jaxlm.models.registry import family
     from jaxlm.opening import open_checkpoint
 
+    if dtype is not None and mesh is None:
+        raise ValueError(f"--dtype {dtype} is that of the parameters on a mesh, and needs --mesh")
     source = fetch(source)
     opened = open_checkpoint(source)
     fam = family(opened.model_type)
@@ -39,6 +50,7 @@ def info(
             stored, text = gguf_tensors(checkpoint.file), gguf_tokenizer(checkpoint.file.metadata)
         else:
             stored, text = tensors(checkpoint), tokenizer(Path(source))
+        placed = None if mesh is None else place(fam, config, checkpoint, mesh, dtype)
     finally:
         checkpoint.close()
     rows = [
@@ -47,12 +59,17 @@ def info(
         ("parameters", f"{sum(math.prod(shape) for _, shape, *_ in stored.values()):,}"),
         ("tokenizer", text),
     ]
-    out.print(facts(rows), highlight=False)
-    out.print()
-    out.print(by_type(stored), highlight=False)
-    if params:
-        out.print()
-        out.print(every(stored), highlight=False)
+    if json_:
+        found: dict[str, Any] = dict(rows)
+        if params:
+            found["tensors"] = {name: dict(zip(_STORED, value, strict=True)) for name, value in stored.items()}
+        if placed is not None:
+            found["mesh"] = placed.plain()
+        out.file.write(json.dumps(found, indent=2) + "\n")
+        return 0
+    made = [facts(rows), by_type(stored), *[every(stored)] * params, *(placed.tables() if placed else ())]
+    for i, one in enumerate(made):
+        out.print(*[""] * (i > 0), one, sep="\n", highlight=False)
     return 0
 
 
@@ -152,3 +169,80 @@ def every(stored: Stored) -> Table:
     for name, (kind, shape, n_bytes, file) in stored.items():
         made.add_row(name, kind, " x ".join(map(str, shape)), size(n_bytes), *[file] * several)
     return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter on a mesh: the mesh axes of each dimension, and its bytes in all and on a device."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    spec: tuple[tuple[str, ...], ...]
+    bytes: int
+    bytes_per_device: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A model's parameters on a mesh. whole: the dimensions that do not divide, as words."""
+
+    mesh: str
+    devices: int
+    parameters: Mapping[str, Parameter]
+    whole: Sequence[str]
+
+    def total(self, name: str) -> int:
+        return sum(getattr(parameter, name) for parameter in self.parameters.values())
+
+    def plain(self) -> dict[str, Any]:
+        names = ("bytes", "bytes_per_device")
+        return dataclasses.asdict(self) | {name: self.total(name) for name in names}
+
+    def tables(self) -> Iterator[Table]:
+        made = table("parameter", "dtype", "shape", "cut by", ">bytes", ">a device")
+        for path, p in self.parameters.items():
+            shape = " x ".join(map(str, p.shape))
+            made.add_row(path, p.dtype, shape, cuts(p.spec), size(p.bytes), size(p.bytes_per_device))
+        all_, each = self.total("bytes"), self.total("bytes_per_device")
+        made.add_row("all parameters", "", "", "", size(all_), size(each))
+        yield made
+        share = f"{size(each)}, {each * self.devices / all_:.2f} copies over all of them"
+        rows = [("mesh", self.mesh), ("devices", str(self.devices)), ("on each", share)]
+        yield facts(rows + [("does not divide", words) for words in self.whole])
+
+
+def cuts(spec: Sequence[Sequence[str]]) -> str:
+    """'-, fsdp, tensor': the mesh axes of each dimension; 'whole' where there are none."""
+    return ", ".join("+".join(axes) or "-" for axes in spec) if any(spec) else "whole"
+
+
+def place(fam: Any, config: Any, checkpoint: Any, mesh: str, dtype: str | None) -> Placed:
+    """Where `load` would put the parameters: from their shapes and logical axes, on a mesh without devices."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.checkpoints.load import flatten
+    from jaxlm.model import tensor_names
+    from jaxlm.parallel.mesh import abstract_mesh
+    from jaxlm.parallel.sharding import shardings
+
+    on = abstract_mesh(mesh)
+    shapes = jax.eval_shape(lambda: fam.backbone.init(config, jax.random.key(0)))
+    made, whole = shardings(fam.backbone.logical_axes(config), shapes, on)
+    leaves = {path: leaf.shape for path, leaf in flatten(shapes).items()}
+    kinds: dict[str, set[str]] = {path: {dtype} if dtype else set() for path in leaves}
+    for name, binding in tensor_names(fam, config, leaves, checkpoint.tensors).bindings.items():
+        for path in binding.paths if name in checkpoint.tensors and not dtype else ():
+            kinds[path].add(checkpoint.tensors[name].dtype.name)
+
+    def one(path: str, sharding: jax.sharding.NamedSharding) -> Parameter:
+        kind = next(iter(kinds[path])) if len(kinds[path]) == 1 else "float32"  # as `load` widens what differs
+        axes = tuple(
+            () if part is None else (part,) if isinstance(part, str) else tuple(part) for part in sharding.spec
+        )
+        here = math.prod(sharding.shard_shape(leaves[path]))
+        each = jnp.dtype(kind).itemsize
+        return Parameter(kind, leaves[path], axes, each * math.prod(leaves[path]), each * here)
+
+    parameters = {path: one(path, sharding) for path, sharding in flatten(made).items()}
+    return Placed(mesh, on.size, parameters, [f"{r.path}: {r.axis}={r.size} over {r.over}" for r in whole])

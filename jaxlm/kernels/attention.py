@@ -50,10 +50,12 @@ class Implementation:
         return getattr(importlib.import_module(self.module), name, *default)
 
 
-# In order of preference.
+# In order of preference. The first two spread a call over devices, and call `attention` for what is then on one.
 IMPLS = {
     i.name: i
     for i in (
+        Implementation("ring", "jaxlm.parallel.ring"),
+        Implementation("all_to_all", "jaxlm.parallel.ring"),
         Implementation("sparse_tpu", "jaxlm.kernels.sparse_tpu", platform="tpu"),
         Implementation("decode_tpu", "jaxlm.kernels.decode_tpu", platform="tpu"),
         Implementation("flash_tpu", "jaxlm.kernels.flash_tpu", platform="tpu"),

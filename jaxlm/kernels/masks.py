@@ -31,6 +31,11 @@ class Mask:
         """Whether the predicate looks up a table, an array that a Pallas kernel body cannot capture."""
         return False
 
+    @property
+    def relative(self) -> bool:
+        """Whether the predicate is one of q - k alone."""
+        return False
+
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
 
@@ -56,6 +61,10 @@ class And(Mask):
     def has_table(self):
         return self.a.has_table or self.b.has_table
 
+    @property
+    def relative(self):
+        return self.a.relative and self.b.relative
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
@@ -72,6 +81,10 @@ class Or(Mask):
     def has_table(self):
         return self.a.has_table or self.b.has_table
 
+    @property
+    def relative(self):
+        return self.a.relative and self.b.relative
+
 
 @dataclasses.dataclass(frozen=True)
 class Not(Mask):
@@ -87,6 +100,32 @@ class Not(Mask):
     def has_table(self):
         return self.a.has_table
 
+    @property
+    def relative(self):
+        return self.a.relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved(Mask):
+    """A mask of q + by and k: that between queries that begin `by` positions later and keys."""
+
+    a: Mask
+    by: int
+
+    def __call__(self, q, k):
+        return self.a(q + self.by, k)
+
+    def tile(self, q0, q1, k0, k1):
+        return self.a.tile(q0 + self.by, q1 + self.by, k0, k1)
+
+    @property
+    def has_table(self):
+        return self.a.has_table
+
+    @property
+    def relative(self):
+        return self.a.relative
+
 
 @dataclasses.dataclass(frozen=True)
 class Full(Mask):
@@ -97,6 +136,10 @@ class Full(Mask):
 
     def tile(self, q0, q1, k0, k1):
         return _kind(skip=False, full=(np.asarray(q0) < q1) & (np.asarray(k0) < k1))
+
+    @property
+    def relative(self):
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +163,10 @@ class Band(Mask):
         lo = nearest if self.lo is None else self.lo
         hi = farthest if self.hi is None else self.hi
         return _kind(skip=(farthest < lo) | (nearest > hi), full=(lo <= nearest) & (farthest <= hi))
+
+    @property
+    def relative(self):
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +232,10 @@ class Every(Mask):
         nearest, farthest = q0 - (k1 - 1), (q1 - 1) - k0
         multiple = farthest // self.n * self.n  # the largest one in reach
         return _kind(skip=multiple < nearest, full=(multiple >= nearest) & ((nearest == farthest) | (self.n == 1)))
+
+    @property
+    def relative(self):
+        return True
 
 
 @dataclasses.dataclass(frozen=True)

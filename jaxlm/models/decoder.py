@@ -16,7 +16,7 @@ from jax import Array
 from jaxlm.models import adapters as adapting
 from jaxlm.models import stack
 from jaxlm.models.config import DecoderConfig, Kind, groups, states
-from jaxlm.models.layers import Embed, Norm, dropout
+from jaxlm.models.layers import Embed, Norm, dropout, reducing_in
 from jaxlm.models.mlp import Mlp
 from jaxlm.models.moe import Moe, load_balancing_loss
 from jaxlm.models.rope import table
@@ -38,15 +38,26 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """How to run, as opposed to what: static, hashable. dtype is that of activations, None for the embedding's."""
+    """How to run, as opposed to what: static, hashable. dtype is that of activations, None for the embedding's.
+
+    expert_capacity: rows that an expert takes, as a multiple of an even share; what does not fit is dropped, counted in
+    aux["router_dropped"]. None drops nothing (models/dispatch.py).
+    reduce_dtype: of the gradients of the layers' weights as they are summed over devices.
+    """
 
     dtype: str | None = None
     attention: str | None = None  # an implementation's name, None to choose
     remat: str = "none"  # none; full: keep only each layer's input; dots: keep the products
+    expert_capacity: float | None = None
+    reduce_dtype: str = "float32"
 
     def __post_init__(self):
+        if self.reduce_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"reduce_dtype={self.reduce_dtype!r}: expected float32 or bfloat16")
         if self.remat not in REMAT:
             raise ValueError(f"unknown remat policy {self.remat!r}; there are {', '.join(REMAT)}")
+        if self.expert_capacity is not None and not self.expert_capacity > 0:
+            raise ValueError(f"expert_capacity={self.expert_capacity}: expected a number above 0, or None")
 
 
 class Block(nn.Module):
@@ -55,6 +66,7 @@ class Block(nn.Module):
     config: DecoderConfig
     kind: Kind
     impl: str | None = None
+    capacity: float | None = None
 
     @nn.compact
     def __call__(self, x: Array, tokens: Tokens, state: State | None, depth, rng):
@@ -71,7 +83,7 @@ class Block(nn.Module):
         y, extra = norm("mlp_norm", c.pre_norm, x), {}
         if self.kind.mlp == "moe":
             assert c.moe is not None
-            y, extra = Moe(c.moe, c.d_model, c.init_std, name="mlp")(y, tokens.valid)
+            y, extra = Moe(c.moe, c.d_model, c.init_std, self.capacity, name="mlp")(y, tokens.valid)
         else:
             assert c.mlp is not None
             y = Mlp(c.mlp, c.d_model, c.init_std, name="mlp")(y)
@@ -144,7 +156,8 @@ def trunk(
     in one piece. rope_len
     (default T) is the length that `dynamic` and `longrope` frequencies are made for; with a cache it must be given
     for those. taps=("residual",) returns the stream after each layer, aux["residual"] [L, B, T, D]. aux["router_loss"]
-    is the load-balancing loss of mixture-of-experts layers. rng switches dropout on. adapters: a tree as
+    is the load-balancing loss of mixture-of-experts layers, aux["router_dropped"] the share of choices that were dropped
+    for want of capacity. rng switches dropout on. adapters: a tree as
     models/adapters.py describes it; its virtual tokens come first, seen by all, and are in no result; positions and
     rope_len do not count them. With a cache they are in it (`begin`), and counted.
     """
@@ -165,7 +178,9 @@ def trunk(
         if adapters is not None:
             p, own = p["params"], adapting.of_layer(p["adapters"], rng, depth)
         args = x, tokens, state, jnp.asarray(depth), rng
-        x, state, extra = _apply(Block(config, kind, runtime.attention), p, *args, adapters=own)
+        module = Block(config, kind, runtime.attention, runtime.expert_capacity)
+        with reducing_in(runtime.reduce_dtype):
+            x, state, extra = _apply(module, p, *args, adapters=own)
         return x, state, extra | ({"residual": x} if "residual" in taps else {})
 
     stacks = _stacks(config, params)
@@ -178,9 +193,9 @@ def trunk(
         stream = stack.collect(extras, "residual")
         aux["residual"] = stream if prompt is None else stream[:, :, room:]
     if any(kind.mlp == "moe" for kind in config.kinds):
-        aux["router_loss"] = load_balancing_loss(
-            *(stack.collect(extras, name) for name in ("router_picks", "router_probs", "router_tokens"))
-        )
+        picks, probs, count = (stack.collect(extras, f"router_{name}") for name in ("picks", "probs", "tokens"))
+        aux["router_loss"] = load_balancing_loss(picks, probs, count)
+        aux["router_dropped"] = stack.collect(extras, "router_dropped").sum() / picks.sum()
     return _apply(_final_norm(config), params["final_norm"], x), cache, aux
 
 

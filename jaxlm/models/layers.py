@@ -4,7 +4,11 @@ Axes, in the whole library: B batch, T query length, S key length, D model, N qu
 G = N // K, H head dim, F ffn, V vocab, L layers, E experts, M tokens of a batch in one row.
 """
 
+import contextlib
+import contextvars
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -70,20 +74,18 @@ class Einsum(Leaf):
         return y + self.weight("b", shape, axes, jax.nn.initializers.zeros).astype(y.dtype)
 
 
-class RaggedDot(Leaf):
-    """y [M, out] = x [M, in] times the matrix of each row's group; w is [E, in, out], rows sorted by group."""
+class Matrices(Leaf):
+    """One matrix for each expert, [E, in, out]."""
 
     shape: tuple[int, int, int]
     axes: tuple[str | None, ...]
     std: float = 0.02
 
     @nn.compact
-    def __call__(self, x: Array, group_sizes: Array) -> Array:
+    def __call__(self) -> Array:
         if "a" in self.variables.get("adapters", ()):
             raise NotImplementedError(f"adapters for {'/'.join(self.path)}: experts take none")
-        w = self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std)).astype(x.dtype)
-        y = jax.lax.ragged_dot(x, w, group_sizes, precision=precision(x.dtype), preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        return self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std))
 
 
 class Norm(Leaf):
@@ -130,12 +132,51 @@ class Embed(Leaf):
         return self.weight("w", self.shape, self.axes, jax.nn.initializers.normal(self.std))
 
 
+_REDUCE = contextvars.ContextVar("dtype of the gradients of weights", default="float32")
+
+
+@contextlib.contextmanager
+def reducing_in(dtype: str) -> Iterator[None]:
+    """Gradients of weights used in here are made, and so summed over devices, in this dtype."""
+    token = _REDUCE.set(dtype)
+    try:
+        yield
+    finally:
+        _REDUCE.reset(token)
+
+
 def contract(eqn: str, x: Array, w: Array, out=None) -> Array:
     """einsum in x's dtype with float32 accumulation; the result in `out`, by default x's dtype."""
     if eqn == "BTNH,NHD->BTD":  # contracting one axis instead of two: XLA on CPU copies the weight for two
         eqn, x, w = "BTF,FD->BTD", x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1])
-    y = jnp.einsum(eqn, x, w.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(out or x.dtype)
+    result: Any = _contract(eqn, _REDUCE.get(), jnp.dtype(out or x.dtype), jnp.dtype(w.dtype), x, w)
+    return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _contract(eqn: str, reduce: str, out, stored, x: Array, w: Array) -> Array:
+    """The derivative of jnp.einsum would round the gradient of w to x's dtype, between the product and the sum over
+    devices, and take its cotangents to float32, whose products are slow."""
+    return _product(eqn, x, w.astype(x.dtype), x.dtype, jnp.float32).astype(out)
+
+
+def _contract_forward(eqn, reduce, out, stored, x, w):
+    w = w.astype(x.dtype)
+    return _product(eqn, x, w, x.dtype, jnp.float32).astype(out), (x, w)
+
+
+def _contract_backward(eqn, reduce, out, stored, residuals, g):
+    (x, w), (of_x, of_w, of_y) = residuals, eqn.replace("->", ",").split(",")
+    dx = _product(f"{of_y},{of_w}->{of_x}", g, w, x.dtype, jnp.float32).astype(x.dtype)
+    return dx, _product(f"{of_x},{of_y}->{of_w}", x, g, x.dtype, jnp.dtype(reduce)).astype(stored)
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
+
+
+def _product(eqn: str, a: Array, b: Array, dtype, made) -> Array:
+    """einsum of operands of this dtype, the sums in dtype `made`."""
+    return jnp.einsum(eqn, a, b, precision=precision(dtype), preferred_element_type=made)
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:

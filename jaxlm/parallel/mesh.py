@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert", "pipe")
 
@@ -36,3 +36,10 @@ def make_mesh(preset: str, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(shape) != len(devices):
         raise ValueError(f"mesh {preset!r} is for {math.prod(shape)} devices; there are {len(devices)}")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(preset: str) -> AbstractMesh:
+    """The mesh of a preset without its devices, of which this machine may have none: shardings follow from it."""
+    sizes = parse_preset(preset)
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -13,8 +13,11 @@ MeshAxes = str | tuple[str, ...] | None
 
 # Logical axis -> mesh axes. A weight is cut along its model width by fsdp and along heads, features or vocabulary by
 # tensor; whatever is not named here is an error, not a replica. Rows are cut over expert too: outside of the experts
-# that axis is one more of data.
-RULES: tuple[tuple[str, MeshAxes], ...] = (
+# that axis is one more of data. A dimension that its mesh axes do not divide is cut by as many of the first of them as
+# divide it, and listed as Replicated. It is never padded, not even a vocabulary: the shapes of parameters stay those of
+# the checkpoint, and a table that tensor does not cut is cut by fsdp along its other dimension all the same.
+Rules = tuple[tuple[str, MeshAxes], ...]
+RULES: Rules = (
     ("batch", ("data", "fsdp", "expert")),
     ("length", "sequence"),
     ("embed", "fsdp"),
@@ -27,11 +30,13 @@ RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("head_dim", None),
     ("positions", None),
 )
+# Where ZeRO spreads parameters, gradients or moments over data too: after fsdp, so that each part is one of its parts.
+SPREAD: Rules = tuple((name, ("fsdp", "data") if name == "embed" else axes) for name, axes in RULES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """A dimension that could not be cut: its size does not divide over the mesh axes."""
+    """A dimension that stays whole, or is cut less than its rule says: its size does not divide over the mesh axes."""
 
     path: str
     axis: str
@@ -54,14 +59,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules = RULES
 ) -> tuple[PartitionSpec, list[tuple[str, int, int]]]:
     """The PartitionSpec of an array with these logical axes, and the (axis, size, over) that do not divide.
 
     Inside of shard_map, only over the axes that are not its own. ValueError for an unknown axis, and where one mesh
     axis would cut two dimensions.
     """
-    table, parts, failed, free = dict(RULES), [], [], sizes(mesh)
+    if len(axes) != len(shape):
+        raise ValueError(f"logical axes {tuple(axes)} are {len(axes)}, for an array of shape {tuple(shape)}")
+    table, parts, failed, free = dict(rules), [], [], sizes(mesh)
     for name, size in zip(axes, shape, strict=True):
         if name is not None and name not in table:
             raise ValueError(f"unknown logical axis {name!r}; there are {', '.join(table)}")
@@ -69,9 +76,10 @@ def spec(
         wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
         wanted = tuple(axis for axis in wanted if axis in free)
         over = math.prod(free[axis] for axis in wanted)
-        if over > 1 and size % over:
+        if size % over:
             failed.append((name, size, over))
-            wanted = ()
+        while size % math.prod(free[axis] for axis in wanted):
+            wanted = wanted[:-1]
         parts.append(wanted if len(wanted) != 1 else wanted[0])
     used = [axis for part in parts for axis in ((part,) if isinstance(part, str) else part)]
     if len(used) != len(set(used)):
@@ -79,13 +87,18 @@ def spec(
     return PartitionSpec(*(part or None for part in parts)), failed
 
 
-def shardings(axes: Tree, shapes: Tree, mesh: Mesh) -> tuple[Tree, list[Replicated]]:
-    """The NamedSharding of every leaf, and the dimensions that stay whole because they do not divide."""
+def shardings(
+    axes: Tree, shapes: Tree, mesh: Mesh | AbstractMesh, rules: Rules = RULES
+) -> tuple[Tree, list[Replicated]]:
+    """The NamedSharding of every leaf, and the dimensions that do not divide. ValueError as for `spec`."""
     failed: list[Replicated] = []
 
     def one(path, names, leaf):
-        made, bad = spec(names, leaf.shape, mesh)
         where = "/".join(str(getattr(key, "key", key)) for key in path)
+        try:
+            made, bad = spec(names, leaf.shape, mesh, rules)
+        except ValueError as problem:
+            raise ValueError(f"{where}: {problem}") from problem
         failed.extend(Replicated(where, *rest) for rest in bad)
         return NamedSharding(mesh, made)
 

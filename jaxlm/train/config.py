@@ -85,8 +85,11 @@ class TrainConfig:
 
     model: a checkpoint, or a config.json to begin from scratch with (then `tokenizer` says whose). steps: 0 for
     `epochs` over the data. eval_every, save_every: 0 for the end only. keep: checkpoints beside the best one.
-    patience: evaluations without progress before the run stops, 0 for never. adapter: {"kind": "lora", "prefix" or
-    "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported beside the model.
+    patience: evaluations without progress before the run stops, 0 for never. zero: what the mesh's axis data cuts: 1
+    the optimizer's moments, 2 gradients too, 3 parameters too. offload: "optimizer" (its moments) and "params", kept in
+    host memory between updates. reduce_dtype: in which the layers' gradients are summed over devices. adapter: {"kind":
+    "lora", "prefix" or "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported
+    beside the model.
     """
 
     model: str
@@ -98,7 +101,10 @@ class TrainConfig:
     trainable: tuple[str, ...] = ("*",)
     adapter: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     mesh: str | None = None
+    zero: int = 0
+    offload: tuple[str, ...] = ()
     precision: str = "float32"
+    reduce_dtype: str = "float32"
     remat: str = "none"
     attention: str | None = None
     accumulate: int = 1
@@ -118,10 +124,16 @@ class TrainConfig:
     ignore_fields: tuple[str, ...] = ()
 
     def __post_init__(self):
-        choices = {"precision": PRECISIONS, "remat": tuple(REMAT)}
+        choices = {"precision": PRECISIONS, "remat": tuple(REMAT), "reduce_dtype": PRECISIONS[:2], "zero": range(4)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, allowed))}")
+        if unknown := set(self.offload) - {"optimizer", "params"}:
+            raise ValueError(f"offload: unknown {', '.join(sorted(unknown))}; there are optimizer and params")
+        if self.reduce_dtype != "float32" and self.reduce_dtype != self.precision:
+            raise ValueError(f"reduce_dtype={self.reduce_dtype!r} is for precision={self.reduce_dtype!r}")
+        if self.zero and self.mesh is None:
+            raise ValueError(f"zero={self.zero} cuts over the mesh's axis data, and there is no mesh")
         for name in ("accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")

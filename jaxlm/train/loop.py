@@ -18,7 +18,7 @@ from jaxlm.train.config import plain
 from jaxlm.train.metrics import Sink, plot, sinks, utilization
 from jaxlm.train.placement import place_batch, within
 from jaxlm.train.setup import Job
-from jaxlm.train.step import TrainState, make_eval_step, make_train_step
+from jaxlm.train.step import TrainState, make_eval_step, make_train_step, on_device
 
 FINAL, ADAPTER = "model", "adapter"
 
@@ -73,7 +73,9 @@ class Run:
         self._check_settings()
         self.checkpoints = Checkpoints(self.out / "checkpoints", job.config.keep)
         clip = job.config.optim.clip or None
-        step = make_train_step(job.loss, job.optimizer, job.settings, clip=clip, shardings=job.shardings)
+        step = make_train_step(
+            job.loss, job.optimizer, job.settings, clip=clip, shardings=job.shardings, gradients=job.gradients
+        )
         self.step_function = within(job.mesh, step)
         self.eval_function = within(job.mesh, make_eval_step(job.loss))
         self.memory = _Memory()
@@ -205,7 +207,7 @@ class Run:
         from jaxlm.data.prepare import load_tokenizer
 
         job, out = self.job, self.out / FINAL
-        variables = state.variables
+        variables = on_device(state.variables)
         model = job.model.with_params(variables["params"])
         if job.adapter is not None:
             model = model.with_adapters(variables["adapters"], job.adapter)
@@ -228,6 +230,7 @@ class Run:
             if not self.job.config.resume:
                 raise ValueError(f"{self.out} holds a run already: choose another `out`, or let it resume")
             free = {"out", "log_every", "keep", "report", "profile", "resume", "save_every", "patience"}
+            free |= {"zero", "offload"}  # where a state lies is no part of it
             changed = [name for name in mine if name not in free and before.get(name) != mine[name]]
             if changed:
                 said = ", ".join(f"{name}: {before.get(name)!r} -> {mine[name]!r}" for name in changed)

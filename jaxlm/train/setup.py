@@ -25,9 +25,9 @@ from jaxlm.train.metrics import flops_per_token
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import Optimizer
 from jaxlm.train.partition import paths
-from jaxlm.train.placement import state_shardings
+from jaxlm.train.placement import HOST, bytes_per_device, gradient_shardings, state_shardings
 from jaxlm.train.scaler import loss_scale
-from jaxlm.train.step import Loss, TrainState, init_state
+from jaxlm.train.step import Gradients, Loss, TrainState, init_state
 
 Progress = Callable[[int, int], None]
 _ADAPTERS = {"lora": Lora, "prefix": Prefix, "prompt": Prompt}
@@ -50,6 +50,7 @@ class Job:
     adapter: AdapterConfig | None = None
     mesh: Mesh | None = None
     shardings: TrainState | None = None
+    gradients: Gradients | None = None  # where they lie on the mesh
     whole: tuple[Replicated, ...] = ()  # dimensions that do not divide over the mesh
 
     @property
@@ -65,8 +66,10 @@ class Job:
         some = f"{self.trainable:,} of them train ({self.trainable / total:.2%})"
         lines = [
             ("model", f"{c.model}: {total:,} parameters, {some}"),
-            ("computes in", f"{c.precision}, remat {c.remat}, attention {c.attention or 'chosen per call'}"),
+            ("computes in", f"{c.precision}, gradients summed in {c.reduce_dtype}, remat {c.remat}, attention "
+                            f"{c.attention or 'chosen per call'}"),
             ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {c.mesh or 'none'}"),
+            *self._memory(),
             *(("not cut", f"{r.path}: {r.axis}={r.size} does not divide over {r.over}") for r in self.whole),
             ("data", f"{len(data.cache):,} examples in {data.rows_per_epoch:,} rows of {data.seq_len} ({data.mode}); "
                      f"{data.efficiency:.1%} of the tokens are no padding"),
@@ -78,6 +81,23 @@ class Job:
             ("output", c.out),
         ]  # fmt: skip
         return lines
+
+    def _memory(self) -> list[tuple[str, str]]:
+        """What a device of the mesh holds."""
+        if self.shardings is None or self.gradients is None:
+            return []
+        state, at = self.state, self.shardings
+        trees = {
+            "parameters": ((state.trainable, state.frozen), (at.trainable, at.frozen)),
+            "gradients": (state.trainable, self.gradients.summed),
+            "optimizer": (state.optimizer, at.optimizer),
+        }
+        found = []
+        for name, (tree, where) in trees.items():
+            kinds = bytes_per_device(tree, where)
+            most = max(kinds, key=lambda kind: kinds[kind])  # counters of the optimizer are never moved
+            found.append(f"{name} {sum(kinds.values()) / 1e6:,.2f} MB{' in host memory' if most == HOST else ''}")
+        return [("on each", f"{', '.join(found)} (zero {self.config.zero})")]
 
 
 def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> Job:
@@ -110,21 +130,27 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
     flops = flops_per_token(_count(variables), embedding, len(c.kinds), c.d_model, config.data.seq_len)
     loss = causal_lm(objective)
     job = Job(config, model, train, evaluated, steps, settings, optimizer, loss, state, flops, adapter)
-    return job if config.mesh is None else _on_mesh(job)
+    return job if config.mesh is None and not config.offload else _on_mesh(job)
 
 
 def _on_mesh(job: Job) -> Job:
-    """The job with its state placed on the mesh."""
-    assert job.config.mesh is not None
-    if others := set(parse_preset(job.config.mesh)) - {"data", "fsdp"}:
-        raise ValueError(
-            f"mesh={job.config.mesh!r}: training runs over data and fsdp, not yet over {', '.join(others)}"
-        )
-    mesh = make_mesh(job.config.mesh)
+    """The job with its state placed on the mesh; without one (host memory alone was asked for) on the first device."""
+    zero, offload = job.config.zero, job.config.offload
+    if job.config.mesh is None:
+        mesh = make_mesh("data=1", jax.devices()[:1])
+    else:
+        if others := set(parse_preset(job.config.mesh)) - {"data", "fsdp"}:
+            raise ValueError(
+                f"mesh={job.config.mesh!r}: training runs over data and fsdp, not yet over {', '.join(others)}"
+            )
+        mesh = make_mesh(job.config.mesh)
     axes = {"params": job.model.family.backbone.logical_axes(job.model.config)}
-    placed, whole = state_shardings(job.state, axes, job.optimizer, mesh)
+    placed, whole = state_shardings(job.state, axes, job.optimizer, mesh, zero=zero, offload=offload)
+    gradients = gradient_shardings(job.state, axes, mesh, zero)
     state = jax.device_put(job.state, placed)
-    return dataclasses.replace(job, state=state, mesh=mesh, shardings=placed, whole=tuple(whole))
+    return dataclasses.replace(
+        job, state=state, mesh=mesh, shardings=placed, gradients=gradients, whole=tuple(whole)
+    )  # fmt: skip
 
 
 def _model(config: TrainConfig) -> Model:
@@ -135,7 +161,9 @@ def _model(config: TrainConfig) -> Model:
         model = api.init(config.model, key=jax.random.key(config.seed), ignore_fields=config.ignore_fields)
     else:
         model = api.load(config.model, dtype="float32", ignore_fields=config.ignore_fields)
-    runtime = Runtime(dtype=config.precision, attention=config.attention, remat=config.remat)
+    runtime = Runtime(
+        dtype=config.precision, attention=config.attention, remat=config.remat, reduce_dtype=config.reduce_dtype
+    )
     return dataclasses.replace(model, runtime=runtime, layers="stacked")
 
 

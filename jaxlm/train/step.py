@@ -48,6 +48,14 @@ class TrainState:
         return merge(self.trainable, self.frozen)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """Shardings of the gradients: `summed`, while they are summed over micro-batches; `used`, in the update."""
+
+    summed: Tree
+    used: Tree
+
+
 def init_state(
     variables: Tree,
     optimizer: optax.GradientTransformation,
@@ -70,8 +78,10 @@ def make_train_step(
     *,
     clip: float | None = 1.0,
     shardings: TrainState | None = None,
+    gradients: Gradients | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted update; the state's buffers are donated. shardings: where on a mesh the state stays.
+    """The jitted update; the state's buffers are donated. shardings and gradients: where on a mesh they lie; what lies
+    in host memory visits the device.
 
     A batch whose arrays are [A, B, ...] is accumulated over its A micro-batches; their losses and weights are summed
     and divided once, so that every target counts the same however targets fall into micro-batches. clip is the
@@ -79,21 +89,27 @@ def make_train_step(
     parameters, optimizer and schedule stay as they are.
     """
 
+    summed, used = (None, None) if gradients is None else (gradients.summed, gradients.used)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state = on_device(state)
         key, use = jax.random.split(state.key)
-        total, weight, found, grads = _gradients(loss, state, batch, use)
+        total, weight, found, grads = _gradients(loss, state, batch, use, summed)
+        grads = _laid_out(grads, used)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         if clip is not None:
             shrink = jnp.minimum(1.0, jnp.asarray(clip) / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, moved = optimizer.update(grads, state.optimizer, state.trainable)
+        # Laid out like the moments, so that what each device gathers is the new parameters and nothing else.
+        before = _laid_out(state.trainable, used)
+        updates, moved = optimizer.update(grads, state.optimizer, before)
         updates = jax.tree.map(lambda u: u * state.lr_scale.astype(u.dtype), updates)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         after = dataclasses.replace(
             state,
             step=state.step + 1,
-            trainable=keep(optax.apply_updates(state.trainable, updates), state.trainable),
+            trainable=_laid_out(keep(optax.apply_updates(before, updates), before), used),
             optimizer=keep(moved, state.optimizer),
             key=key,
             scale=state.scale.update(finite) if state.scale else None,
@@ -118,13 +134,23 @@ def make_eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
     """Sums of a batch [B, ...], not yet divided: {"loss", "weight", ...the objective's metrics}."""
 
     def step(state: TrainState, batch: Batch) -> Metrics:
-        total, weight, metrics = loss(state.variables, batch, None)  # type: ignore[arg-type]
+        total, weight, metrics = loss(on_device(state.variables), batch, None)  # type: ignore[arg-type]
         return metrics | {"loss": total, "weight": weight}
 
     return jax.jit(step)
 
 
-def _gradients(loss: Loss, state: TrainState, batch: Batch, key: Array):
+def on_device(tree: Tree) -> Tree:
+    """The arrays, those in host memory brought to the devices, where alone something can be computed."""
+    here, there = jax.memory.Space.Device, jax.memory.Space.Host
+    return jax.tree.map(lambda x: jax.device_put(x, here) if jax.typeof(x).memory_space == there else x, tree)
+
+
+def _laid_out(tree: Tree, shardings: Tree | None) -> Tree:
+    return tree if shardings is None else jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
+
+
+def _gradients(loss: Loss, state: TrainState, batch: Batch, key: Array, shardings: Tree | None):
     """Sums of loss, weight and metrics, and the float32 gradient of their quotient."""
     scale = state.scale.scale if state.scale else jnp.float32(1)
 
@@ -136,13 +162,15 @@ def _gradients(loss: Loss, state: TrainState, batch: Batch, key: Array):
     def one(micro: Batch, rng: Array):
         (_, (total, weight, metrics)), grads = jax.value_and_grad(scaled, has_aux=True)(state.trainable, micro, rng)
         back = jnp.maximum(weight, 1) / scale
-        return total, weight, metrics, jax.tree.map(lambda g: g.astype(jnp.float32) * back, grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return total, weight, metrics, jax.tree.map(lambda g: g * back, _laid_out(grads, shardings))
 
     if batch["tokens"].ndim == 2:
         sums = one(batch, key)
     else:
         shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], batch), key)
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        start = (*start[:3], _laid_out(start[3], shardings))
         add = lambda carry, new: (jax.tree.map(jnp.add, carry, new), None)
         n = batch["tokens"].shape[0]
         sums, _ = jax.lax.scan(

@@ -104,3 +104,44 @@ def test_truncated_file(cli, tiny, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     code, out, err = cli("info", tmp_path / "cut")
     assert (code, out) == (2, "") and "model.safetensors" in err
+
+
+def test_mesh(cli, tiny):
+    """64 devices, of which there is none; 2 key-value heads do not divide over 4."""
+    code, out, err = cli("info", tiny, "--mesh", "fsdp=16,tensor=4")
+    assert (code, err) == (0, "")
+    line = row(out, "layers/attn/q/w")
+    assert line.split()[:8] == ["float32", "3", "x", "32", "x", "4", "x", "8"] and "-, fsdp, tensor, -" in line
+    assert line.split()[-4:] == ["12.29", "KB", "192", "B"]
+    assert "whole" in row(out, "final_norm/scale") and row(out, "final_norm/scale").endswith("128 B     128 B")
+    assert row(out, "devices") == "64"
+    whole = [line.split(maxsplit=3)[3].strip() for line in out.splitlines() if line.startswith("does not divide")]
+    assert whole == ["layers/attn/k/w: kv_heads=2 over 4", "layers/attn/v/w: kv_heads=2 over 4"]
+
+
+def test_mesh_as_json(cli, tiny):
+    code, out, _ = cli("info", tiny, "--mesh", "fsdp=8", "--dtype", "bfloat16", "--json")
+    found = json.loads(out)
+    mesh, parameters = found["mesh"], found["mesh"]["parameters"]
+    assert code == 0 and found["context"] == "256 tokens" and (mesh["devices"], mesh["whole"]) == (8, [])
+    assert parameters["embed/w"] == {
+        "dtype": "bfloat16", "shape": [288, 32], "spec": [[], ["fsdp"]], "bytes": 18432, "bytes_per_device": 2304,
+    }  # fmt: skip
+    assert mesh["bytes"] == 2 * 41696 and mesh["bytes_per_device"] == 2 * (224 + (41696 - 224) // 8)  # norms are whole
+
+
+def test_json_lists_tensors(cli, tiny):
+    found = json.loads(cli("info", tiny, "--params", "--json")[1])
+    assert found["tensors"]["lm_head.weight"]["shape"] == [288, 32] and "mesh" not in found
+
+
+def test_mesh_of_gguf(cli, smollm2_gguf):
+    """Dequantized to float32 unless a dtype is given, as `load` does; the heads do not divide, the vocabulary does."""
+    _, out, _ = cli("info", smollm2_gguf, "--mesh", "tensor=8", "--dtype", "bfloat16")
+    assert row(out, "all parameters").startswith("269 MB") and "embed/w: vocab" not in out
+    assert "layers/attn/q/w: heads=9 over 8" in out
+
+
+def test_bad_mesh(cli, tiny):
+    assert "did you mean 'fsdp'" in cli("info", tiny, "--mesh", "fdsp=4")[2]
+    assert "needs --mesh" in cli("info", tiny, "--dtype", "bfloat16")[2]

@@ -70,7 +70,7 @@ def test_the_router_stays_in_float32():
     assert half.dtype == jnp.bfloat16
     jaxpr = str(jax.make_jaxpr(lambda x: module.apply({"params": params}, x))(x.astype(jnp.bfloat16)))
     (top_k,) = [line for line in jaxpr.splitlines() if "top_k[" in line]
-    assert f"f32[{B * T},{K}]" in top_k
+    assert f"f32[{B},{T},{K}]" in top_k
 
 
 def test_gradients_equal_those_of_a_dense_mixture():

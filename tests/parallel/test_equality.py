@@ -85,16 +85,26 @@ def assert_equal(got, want, tolerance: float = 1e-5):
     assert worst[0] < tolerance, worst
 
 
-@pytest.mark.parametrize(
-    ("name", "preset"),
-    [
-        ("dense", "data=8"),
-        ("dense", "fsdp=8"),
-        ("dense", "data=2,fsdp=4"),
-        ("dense", "data=4,tensor=2"),
-        ("dense", "tensor=8"),  # 8 heads divide, 4 key-value heads do not
-        ("dense", "data=2,fsdp=2,tensor=2"),
-    ],
-)
-def test_equals_one_device(name, preset):
-    assert_equal(loss_and_gradients(name, preset), alone(name))
+EXCHANGE = Runtime(attention="all_to_all")
+TABLE = [
+    ("dense", "data=8", Runtime()),
+    ("dense", "fsdp=8", Runtime()),
+    ("dense", "data=2,fsdp=4", Runtime()),
+    ("dense", "data=4,tensor=2", Runtime()),
+    ("dense", "tensor=8", Runtime()),  # 8 heads divide, 4 key-value heads do not
+    ("dense", "data=2,fsdp=2,tensor=2", Runtime()),
+    ("dense", "sequence=8", Runtime(attention="ring")),
+    ("dense", "sequence=2,fsdp=2,tensor=2", Runtime(remat="full")),  # the ring is the choice
+    ("dense", "sequence=2,fsdp=2,tensor=2", EXCHANGE),
+    ("moe", "fsdp=4,tensor=2", Runtime()),
+    ("moe", "expert=4", Runtime()),
+    ("moe", "expert=2,tensor=2,fsdp=2", Runtime()),
+    ("moe", "expert=2,sequence=2,data=2", Runtime()),
+    ("moe", "expert=2,tensor=2,fsdp=2", Runtime(expert_capacity=9.0)),  # room for all
+    ("moe", "expert=8", Runtime()),  # 4 experts stay whole
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "runtime"), TABLE, ids=lambda x: getattr(x, "attention", x))
+def test_equals_one_device(name, preset, runtime):
+    assert_equal(loss_and_gradients(name, preset, runtime), alone(name))

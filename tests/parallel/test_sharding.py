@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.models import decoder
 from jaxlm.models.registry import family
-from jaxlm.parallel.mesh import AXES, make_mesh, parse_preset
-from jaxlm.parallel.sharding import batch_shardings, shardings, spec
+from jaxlm.parallel.mesh import AXES, abstract_mesh, make_mesh, parse_preset
+from jaxlm.parallel.sharding import RULES, SPREAD, batch_shardings, shardings, spec
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -46,6 +46,33 @@ def test_specs():
         spec(("width",), (8,), mesh)
     with pytest.raises(ValueError, match="would use a mesh axis twice"):
         spec(("embed", "embed"), (16, 16), mesh)
+    with pytest.raises(ValueError, match=r"are 1, for an array of shape \(16, 16\)"):
+        spec(("embed",), (16, 16), mesh)
+
+
+def test_rules_name_axes():
+    cut = [(axis,) if isinstance(axis, str) else axis or () for _, axis in RULES + SPREAD]
+    assert {axis for axes in cut for axis in axes} <= set(AXES)
+    assert dict(SPREAD) == dict(RULES) | {"embed": ("fsdp", "data")}
+
+
+def test_what_divides_is_cut():
+    """Over as many of the first mesh axes as divide it, and listed."""
+    mesh = abstract_mesh("data=4,fsdp=2,tensor=3")
+    assert spec(("embed",), (16,), mesh, SPREAD) == (P(("fsdp", "data")), [])
+    assert spec(("embed",), (12,), mesh, SPREAD) == (P("fsdp"), [("embed", 12, 8)])
+    assert spec(("embed", "mlp"), (7, 9), mesh, SPREAD) == (P(None, "tensor"), [("embed", 7, 8)])
+
+
+def test_shardings_without_devices():
+    """The same as on a mesh of devices; and a mistake names its parameter."""
+    shapes = {"a": {"w": jax.ShapeDtypeStruct((16, 6), "float32")}}
+    made, _ = shardings({"a": {"w": ("embed", "mlp")}}, shapes, abstract_mesh("fsdp=4,tensor=2"))
+    with_devices, _ = shardings({"a": {"w": ("embed", "mlp")}}, shapes, make_mesh("fsdp=4,tensor=2"))
+    assert made["a"]["w"].spec == with_devices["a"]["w"].spec == P("fsdp", "tensor")
+    assert made["a"]["w"].shard_shape((16, 6)) == (4, 3)
+    with pytest.raises(ValueError, match=r"a/w: logical axes .* would use a mesh axis twice"):
+        shardings({"a": {"w": ("heads", "mlp")}}, shapes, abstract_mesh("tensor=2"))
 
 
 def test_every_parameter_of_a_model_has_a_sharding():

@@ -280,3 +280,20 @@ def test_an_adapter_learns_alone(ground, tmp_path, adapter):
 def test_bad_adapters(ground, tmp_path, adapter, message):
     with pytest.raises(ValueError, match=message):
         setup(config(ground, tmp_path, adapter=adapter))
+
+
+def test_a_run_changes_where_its_state_lies(ground, tmp_path):
+    """Begun with everything in host memory at ZeRO stage 2, gone on with at stage 0, beside a run on one device."""
+    data = {"train": str(ground / "train.jsonl"), "eval": str(ground / "eval.jsonl"), "seq_len": 32, "batch_size": 8}
+    alone = Run(setup(config(ground, tmp_path / "alone", data=data))).train()
+    spread = {"data": data, "mesh": "data=8"}
+    first = config(ground, tmp_path / "spread", **spread, zero=2, offload=["optimizer", "params"])
+    job = setup(first)
+    on_each = dict(job.plan())["on each"]
+    assert on_each == "parameters 0.11 MB in host memory, gradients 0.01 MB, optimizer 0.03 MB in host memory (zero 2)"
+    assert Run(job, [StopAt(4)]).train().step == 4
+    result = Run(setup(config(ground, tmp_path / "spread", **spread))).train()
+    assert result.step == 12
+    np.testing.assert_allclose([result.loss, result.eval_loss], [alone.loss, alone.eval_loss], rtol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(weights(r.model)) for r in (alone, result)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
