@@ -76,7 +76,9 @@ class Serving:
         state = jax.tree_util.tree_map_with_path(placed, state)
         args = (params, state, row((), dtype=jnp.int32))
         kinds = {"parameters": params, "cache": state["cache"]}
-        return Program("decode step", loop.decode, args, kinds, self._flops(loop.decode, *args), self.batch, (self.plan(),))
+        return Program(
+            "decode step", loop.decode, args, kinds, self._flops(loop.decode, *args), self.batch, (self.plan(),)
+        )
 
     def _params(self, mesh) -> Any:
         backbone = self.family.backbone

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
 from jaxlm.parallel.collectives import Total
 from jaxlm.parallel.flops import flops_of
-from jaxlm.parallel.mesh import AXES, parse_preset
+from jaxlm.parallel.mesh import abstract_mesh
 from jaxlm.parallel.plan import Plan, Program, local_bytes, times, without_shardings
 from jaxlm.parallel.topology import Topology
 
@@ -73,15 +72,6 @@ def largest_layer(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return max(held.values())
 
 
-def abstract_mesh(preset: str, size: int) -> AbstractMesh:
-    """The mesh of a preset without devices; ValueError unless it is for `size` of them."""
-    sizes = parse_preset(preset)
-    if math.prod(sizes.values()) != size:
-        raise ValueError(f"mesh {preset!r} is for {math.prod(sizes.values())} devices; there are {size}")
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
 def estimate_plan(
     make: Callable[[Any], Program],
     topology: Topology,
@@ -99,7 +89,9 @@ def estimate_plan(
     Memory is what the arguments take by their shardings, the gradients and the activations; the compiler's own
     temporaries are left out.
     """
-    mesh = abstract_mesh(preset, topology.size)
+    mesh = abstract_mesh(preset)
+    if mesh.size != topology.size:
+        raise ValueError(f"mesh {preset!r} is for {mesh.size} devices; there are {topology.size}")
     program = make(mesh)
     run = functools.partial(program.function, *program.static)
     flops = flops_of(run, *without_shardings(program.args)) * (1 / topology.size)

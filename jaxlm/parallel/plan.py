@@ -110,9 +110,8 @@ def local_bytes(tree: Tree) -> int:
 
 
 def compile_plan(make: Callable[[Mesh], Program], topology: Topology, preset: str) -> Plan:
-    """Compiles the program that `make` builds for a mesh of the topology; ValueError where the preset does not fit it.
-
-    ImportError without libtpu. That it does not fit the memory is no error, but the plan's `why`.
+    """Compiles the program that `make` builds for a mesh of the topology; ValueError where the preset does not fit it,
+    and without libtpu. That it does not fit the memory is no error, but the plan's `why`.
     """
     mesh = make_mesh(preset, topology.devices())
     program = make(mesh)

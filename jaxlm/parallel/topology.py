@@ -55,7 +55,9 @@ CHIPS = {
         Chip("h200", 141 * 10**9, 989e12, 4.8e12, 450e9, 1),
     )
 }
-INSTALL = "plans for TPUs need libtpu, their compiler (Linux x86_64): pip install 'jaxlm[tpu]', or --estimate without it"
+INSTALL = (
+    "plans for TPUs need libtpu, their compiler (Linux x86_64): pip install 'jaxlm[tpu]', or --estimate without it"
+)
 # Before libtpu loads: without these it asks a metadata server for a TPU, or locks other processes out.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -82,11 +84,11 @@ class Topology:
         return math.prod(self.shape) * self.chip.cores
 
     def devices(self) -> Any:
-        """Compile-only devices of a TPU topology; ImportError without libtpu, ValueError for what cannot be wired."""
+        """Compile-only devices of a TPU topology; ValueError without libtpu, and for what cannot be wired."""
         if not self.chip.is_tpu:
             raise ValueError(f"{self}: there are compile-only devices of TPUs alone")
         if importlib.util.find_spec("libtpu") is None:
-            raise ImportError(INSTALL)
+            raise ValueError(INSTALL)
         prepare_environment()
         from jax.experimental import topologies
 

@@ -15,8 +15,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.call import precision
-from jaxlm.parallel import sharding
-from jaxlm.parallel.reduce import sum_scatter
+from jaxlm.parallel.reduce import rows_over, sum_scatter
+from jaxlm.parallel.sharding import sizes
 
 IGNORE = -100  # a target that counts for nothing
 _SLABS = 8  # parts of the table's gradient that are summed over devices one after another
@@ -81,15 +81,12 @@ def _run(how: CrossEntropy, hidden, table, targets, weights, gradients: bool):
     Over a mesh every device sums over its own positions, and the table's gradient is reduced once, at the end: left to
     the partitioner, each chunk would reduce one of its own.
     """
-    laid, sizes = P(), sharding.sizes()
-    if sizes:
-        laid, _ = sharding.spec(("batch", "length", None), hidden.shape, jax.sharding.get_abstract_mesh())
-    over = tuple(axis for part in laid for axis in ((part,) if isinstance(part, str) else part or ()))
+    rows, over = rows_over(hidden.shape)
     w = table.astype(hidden.dtype)
     if not over:
         out, made = _chunks(how, hidden, w, targets, weights, gradients)
         return out, made and (made[0], made[1].astype(table.dtype))
-    cut = "fsdp" if "fsdp" in over and table.shape[1] % sizes["fsdp"] == 0 else None
+    cut = "fsdp" if "fsdp" in over and table.shape[1] % sizes()["fsdp"] == 0 else None
     rest = tuple(axis for axis in over if axis != cut)
 
     def local(*arrays):
@@ -98,9 +95,10 @@ def _run(how: CrossEntropy, hidden, table, targets, weights, gradients: bool):
         if not made:
             return out, None
         dtable = _scattered(made[1], cut) if cut else made[1]
-        return out, (made[0], (jax.lax.psum(dtable, rest) if rest else dtable).astype(table.dtype))
+        dtable = (jax.lax.psum(dtable, rest) if rest else dtable).astype(table.dtype)
+        # Summed before the backward pass of anything else may begin: until then the whole table's gradient is held.
+        return out, jax.lax.optimization_barrier((made[0], dtable))
 
-    rows = P(*laid[:2])
     return jax.shard_map(
         local,
         in_specs=(rows, P(), rows, rows),

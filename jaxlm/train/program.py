@@ -15,7 +15,7 @@ from jaxlm.parallel.plan import Program, place
 from jaxlm.parallel.sharding import batch_shardings
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import Optimizer
-from jaxlm.train.placement import state_shardings
+from jaxlm.train.placement import gradient_shardings, state_shardings
 from jaxlm.train.schedules import Schedule
 from jaxlm.train.step import TrainState, init_state, make_train_step
 
@@ -55,8 +55,11 @@ class Training:
         optimizer, settings, state, batch = self.abstract()
         axes = {"params": self.family.backbone.logical_axes(self.config)}
         placed, _ = state_shardings(state, axes, optimizer, mesh)
+        gradients = gradient_shardings(state, axes, mesh)
         state, batch = place(state, placed), place(batch, batch_shardings(batch, mesh))
-        step = make_train_step(causal_lm(self.objective()), optimizer, settings, clip=1.0, shardings=placed)
+        step = make_train_step(
+            causal_lm(self.objective()), optimizer, settings, clip=1.0, shardings=placed, gradients=gradients
+        )  # fmt: skip
         kinds = {
             "parameters": state.trainable,
             "optimizer": state.optimizer,
