@@ -16,10 +16,11 @@ COMMANDS = {
     "convert": "write a checkpoint as Hugging Face safetensors, also from GGUF",
     "prepare": "tokenize a data set once, into a cache for training",
     "verify": "compare a checkpoint's logits and greedy text with transformers (needs torch)",
+    "plan": "whether a run fits a machine, and what it takes, without the machine",
     "families": "the architectures there are, and how near each is to transformers",
 }
-# What bad input raises; anything else is a mistake of ours, and its traceback is wanted.
-BAD_INPUT = (ValueError, OSError, NotImplementedError)
+# What bad input raises, and a machine that is too small; anything else is a mistake of ours, and its traceback is wanted.
+BAD_INPUT = (ValueError, OSError, NotImplementedError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from jax import Array
 from jaxlm.kernels.call import precision
 from jaxlm.models.adapters import adapted
 from jaxlm.models.config import NormConfig
+from jaxlm.parallel.reduce import sum_rows
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -168,7 +169,9 @@ def _contract_forward(eqn, reduce, out, stored, x, w):
 def _contract_backward(eqn, reduce, out, stored, residuals, g):
     (x, w), (of_x, of_w, of_y) = residuals, eqn.replace("->", ",").split(",")
     dx = _product(f"{of_y},{of_w}->{of_x}", g, w, x.dtype, jnp.float32).astype(x.dtype)
-    return dx, _product(f"{of_x},{of_y}->{of_w}", x, g, x.dtype, jnp.dtype(reduce)).astype(stored)
+    of_weight = lambda x, g: _product(f"{of_x},{of_y}->{of_w}", x, g, x.dtype, jnp.dtype(reduce))
+    made = sum_rows(of_weight, (x, g), of_w.find("D")) if of_x.startswith("BT") else of_weight(x, g)
+    return dx, made.astype(stored)
 
 
 _contract.defvjp(_contract_forward, _contract_backward)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.checkpoints.files import CONFIG, GENERATION, write_json
 from jaxlm.checkpoints.run import CHECKPOINTS, SETTINGS
 from jaxlm.parallel import hosts
+from jaxlm.parallel.plan import local_bytes, out_of_memory
 from jaxlm.train.adapters import Lora
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.config import plain
@@ -149,7 +150,8 @@ class Run:
             with self._traced(step + 1):
                 batch = _split(next(batches), config.accumulate)
                 batch = place_batch(batch, self.job.mesh, lead=int(config.accumulate > 1))
-                state, metrics = self.step_function(state, batch)
+                with self._explained(batch):
+                    state, metrics = self.step_function(state, batch)
             self._window.append(metrics)
             tokens += batch["tokens"].size
             step += 1
@@ -331,6 +333,26 @@ class Run:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    @contextlib.contextmanager
+    def _explained(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Too little memory is said with what the state takes, and where to ask what would fit."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as problem:
+            if (why := out_of_memory(str(problem))) is None:
+                raise
+            config, state = self.job.config, self.job.state
+            held = {"parameters": (state.trainable, state.frozen), "optimizer": state.optimizer}
+            said = ", ".join(f"{name} {local_bytes(tree) / 1e9:.3g} GB" for name, tree in held.items())
+            rows, length = batch["tokens"].shape[-2:]
+            mesh = f" --mesh {config.mesh}" if config.mesh else ""
+            raise MemoryError(
+                f"a step does not fit the device's memory: {why}. On each device: {said}, gradients and activations "
+                f"beside them. What fits, without trying: jaxlm plan {config.model} --topology CHIP:SHAPE{mesh} "
+                f"--batch {rows} --seq {length} --remat {config.remat} --precision {config.precision}, or --auto "
+                "instead of the mesh"
+            ) from problem
 
     @contextlib.contextmanager
     def _traced(self, step: int) -> Iterator[None]:

@@ -7,14 +7,19 @@ That saves the second product with the table that recomputing would cost; logits
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.call import precision
+from jaxlm.parallel.reduce import rows_over, sum_scatter
+from jaxlm.parallel.sharding import sizes
 
 IGNORE = -100  # a target that counts for nothing
+_SLABS = 8  # parts of the table's gradient that are summed over devices one after another
 _CHUNK = 1 << 24  # logits at a time where the caller does not say: 64 MiB in float32
 
 
@@ -71,13 +76,51 @@ def _backward(spec, gradients, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _run(spec: CrossEntropy, hidden, table, targets, weights, gradients: bool):
-    """The sums, and the gradients of their total: a scan over chunks of positions."""
-    (b, t, d), v = hidden.shape, table.shape[0]
+def _run(how: CrossEntropy, hidden, table, targets, weights, gradients: bool):
+    """The sums, and the gradients of their total.
+
+    Over a mesh every device sums over its own positions, and the table's gradient is reduced once, at the end: left to
+    the partitioner, each chunk would reduce one of its own.
+    """
+    rows, over = rows_over(hidden.shape)
+    w = table.astype(hidden.dtype)
+    if not over:
+        out, made = _chunks(how, hidden, w, targets, weights, gradients)
+        return out, made and (made[0], made[1].astype(table.dtype))
+    cut = "fsdp" if "fsdp" in over and table.shape[1] % sizes()["fsdp"] == 0 else None
+    rest = tuple(axis for axis in over if axis != cut)
+
+    def local(*arrays):
+        out, made = _chunks(how, *arrays, gradients)
+        out = jax.lax.psum(out, over)
+        if not made:
+            return out, None
+        dtable = _scattered(made[1], cut) if cut else made[1]
+        dtable = (jax.lax.psum(dtable, rest) if rest else dtable).astype(table.dtype)
+        # Summed before the backward pass of anything else may begin: until then the whole table's gradient is held.
+        return out, jax.lax.optimization_barrier((made[0], dtable))
+
+    return jax.shard_map(
+        local,
+        in_specs=(rows, P(), rows, rows),
+        out_specs=(P(), (rows, P(None, cut)) if gradients else None),
+        axis_names=set(over),
+        check_vma=False,
+    )(hidden, w, targets, weights)
+
+
+def _scattered(dtable, axis: str):
+    """[V, D] summed over an axis that keeps its part of D; some rows at a time, for it takes copies of them."""
+    slabs = math.gcd(_SLABS, dtable.shape[0])
+    parts = dtable.reshape(slabs, -1, dtable.shape[1])
+    return jax.lax.map(lambda part: sum_scatter(part, axis, 1), parts).reshape(dtable.shape[0], -1)
+
+
+def _chunks(spec: CrossEntropy, hidden, w, targets, weights, gradients: bool):
+    """The sums and gradients, that of the table w in float32: a scan over chunks of positions."""
+    (b, t, d), v = hidden.shape, w.shape[0]
     chunk = min(spec.chunk or max(1, _CHUNK // (b * v)), t)
     n = -(-t // chunk)
-    w = table.astype(hidden.dtype)
-    # Chunks are cut along T, so that the rows of every chunk stay spread over the devices of a mesh.
     cut = lambda a: jnp.moveaxis(
         jnp.pad(a, ((0, 0), (0, n * chunk - t)) + ((0, 0),) * (a.ndim - 2)).reshape(b, n, chunk, *a.shape[2:]), 1, 0
     )
@@ -105,7 +148,7 @@ def _run(spec: CrossEntropy, hidden, table, targets, weights, gradients: bool):
     if dhidden is None:
         return out, None
     dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(b, n * chunk, d)[:, :t]
-    return out, (dhidden, dtable.astype(table.dtype))
+    return out, (dhidden, dtable)
 
 
 def _chunk(spec: CrossEntropy, w: Array, h: Array, y: Array, weight: Array) -> tuple[Sums, Array]:
