@@ -134,7 +134,7 @@ def test_bad_options(model, call, message):
 
 def test_an_unknown_attention_is_refused_before_the_weights_are_read(model, tmp_path):
     model.save(tmp_path / "m")
-    with pytest.raises(ValueError, match="attention='flsh' is not supported; supported: None, .*cudnn, .*reference"):
+    with pytest.raises(ValueError, match=r"attention='flsh' is not supported; supported: None, .*cudnn, .*reference"):
         jaxlm.load(tmp_path / "m", attention="flsh")
 
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "plan": "whether a run fits a machine, and what it takes, without the machine",
     "families": "the architectures there are, and how near each is to transformers",
 }
-# What bad input raises, and a machine that is too small; anything else is a mistake of ours, and its traceback is wanted.
+# What bad input raises, and too small a machine; anything else is a mistake of ours, and its traceback is wanted.
 BAD_INPUT = (ValueError, OSError, NotImplementedError, MemoryError)
 
 

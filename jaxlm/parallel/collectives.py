@@ -1,4 +1,4 @@
-"""What a compiled program says to other devices: the collectives of its HLO, with the trips of the loops around them."""
+"""What a compiled program says to other devices: the collectives of its HLO, times the trips of their loops."""
 
 import dataclasses
 import math

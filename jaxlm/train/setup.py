@@ -142,10 +142,8 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
 def _on_mesh(job: Job) -> Job:
     """The job with its state placed on the mesh; without one (host memory alone was asked for) on the first device."""
     zero, offload = job.config.zero, job.config.offload
-    if job.config.mesh is None:
-        mesh = make_mesh("data=1", jax.devices()[:1])
-    else:
-        mesh = make_mesh(job.config.mesh)
+    preset = job.config.mesh
+    mesh = make_mesh("data=1", jax.devices()[:1]) if preset is None else make_mesh(preset)
     axes = {"params": job.model.family.backbone.logical_axes(job.model.config)}
     placed, whole = state_shardings(job.state, axes, job.optimizer, mesh, zero=zero, offload=offload)
     gradients = gradient_shardings(job.state, axes, mesh, zero)
