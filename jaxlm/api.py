@@ -116,7 +116,7 @@ def init(
     fam = family(hf["model_type"])
     made = fam.config(hf, tuple(ignore_fields))
     cast = lambda key: jax.tree.map(lambda a: a.astype(dtype), fam.backbone.init(made, key))
-    into = {} if placed is None else {"out_shardings": parameter_shardings(fam, made, placed)}
+    into: dict[str, Any] = {} if placed is None else {"out_shardings": parameter_shardings(fam, made, placed)}
     params = jax.jit(cast, **into)(jax.random.key(0) if key is None else key)
     return Model(
         family=fam,

@@ -40,7 +40,8 @@ class Layout:
         """The values of a box, as the leaf has them."""
         mine = [i for i, axis in enumerate(self.axes) if axis is not None]
         x = x.reshape([x.shape[i] for i in mine])
-        return x.transpose(sorted(range(len(mine)), key=lambda i: self.axes[mine[i]]))
+        order = [axis for axis in self.axes if axis is not None]
+        return x.transpose(sorted(range(len(mine)), key=order.__getitem__))
 
 
 @dataclasses.dataclass(frozen=True)

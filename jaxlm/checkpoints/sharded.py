@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,9 @@ def _piece(source, found, cuts, sharding: NamedSharding, dtype: str, check: Cast
     layout: Layout = next(iter(found.values()))[1]
     spread = _piece_sharding(sharding, layout, len(cuts))
     shape = (*cuts, *(1 if axis is None else n for axis, n in zip(layout.axes, layout.shape, strict=True)))
-    wanted: dict[tuple[int, ...], dict[jax.Device, Box]] = {}
+    wanted: dict[tuple[int, ...], dict[Any, Box]] = {}
     for device, index in spread.addressable_devices_indices_map(shape).items():
-        bounds = [one.indices(n)[:2] for one, n in zip(index, shape, strict=True)]
+        bounds = [one.indices(n)[:2] for one, n in zip(index or (), shape, strict=True)]
         inner = tuple(
             (layout.at, layout.at + 1) if axis is None else bound
             for axis, bound in zip(layout.axes, bounds[len(cuts) :], strict=True)

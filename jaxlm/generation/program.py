@@ -67,7 +67,7 @@ class Serving:
         names = {"cache": ("layers", "batch", None, "kv_heads", None), "rows": ("batch", None)}
 
         def placed(path, leaf):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return self._key(mesh)
             in_cache = str(getattr(path[0], "key", "")) == "cache"
             axes = names["cache" if in_cache else "rows"][: leaf.ndim]

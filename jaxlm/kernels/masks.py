@@ -120,8 +120,8 @@ class Moved(Mask):
         return self.a.tile(q0 + self.by, q1 + self.by, k0, k1)
 
     @property
-    def has_table(self):
-        return self.a.has_table
+    def table_block(self):
+        return self.a.table_block
 
     @property
     def relative(self):

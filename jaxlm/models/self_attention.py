@@ -35,8 +35,8 @@ class Tokens:
 
     @classmethod
     def tree_unflatten(cls, static, arrays):
-        (ropes, shared), (*lines, tables) = static, arrays
-        return cls(*lines, dict(zip(ropes, tables, strict=True)), shared)
+        (ropes, shared), (positions, segments, valid, tables) = static, arrays
+        return cls(positions, segments, valid, dict(zip(ropes, tables, strict=True)), shared)
 
 
 class SelfAttention(nn.Module):

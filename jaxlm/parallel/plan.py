@@ -173,4 +173,4 @@ def needed(why: str) -> int | None:
 
 
 def _itemsize(dtype: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+    return 8 if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize

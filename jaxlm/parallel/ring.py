@@ -63,7 +63,7 @@ def all_to_all(q, k, v, mask, *, scale, return_lse=False, softcap=None, **arrays
     def local(x: dict[str, Array]):
         by_heads = functools.partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=2, concat_axis=1, tiled=True)
         lines = {name: jax.lax.all_gather(a, AXIS, axis=1, tiled=True) for name, a in x.items() if a.ndim == 2}
-        given = lines | ({"sinks": x["sinks"]} if "sinks" in x else {})
+        given: Any = lines | ({"sinks": x["sinks"]} if "sinks" in x else {})
         q, k, v = (by_heads(x[name]) for name in ("q", "k", "v"))
         out, lse = attention(q, k, v, mask, scale=scale, softcap=softcap, return_lse=True, **given)
         back = lambda a: jax.lax.all_to_all(a, AXIS, split_axis=1, concat_axis=2, tiled=True)
@@ -206,7 +206,7 @@ def _forward(arrays, *, static: Static, n: int):
     def visit(state, _, block, s, run: Run):
         look = lambda mask: nothing if mask is None else lambda block: _look(mine, block, mask, static, run.first == 0)
         out, lse = _either(i >= s, run, look, block)
-        return _merge(*state, out, lse), {}
+        return _merge(state[0], state[1], out, lse), {}
 
     start = jnp.zeros((b, t, heads, width)), jnp.full((b, t, heads), -jnp.inf, jnp.float32)
     (out, lse), _ = _travel(_trip(arrays, static, n), n, visit, start, block, {})

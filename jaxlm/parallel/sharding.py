@@ -111,7 +111,7 @@ def shardings(
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=is_axes), failed
 
 
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh, lead: int = 0) -> dict[str, NamedSharding]:
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh | AbstractMesh, lead: int = 0) -> dict[str, NamedSharding]:
     """Rows over data and fsdp; `lead` dimensions before them (micro-batches) stay whole. ValueError if rows do not
     divide."""
     made = {}

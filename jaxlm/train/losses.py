@@ -90,8 +90,8 @@ def _run(how: CrossEntropy, hidden, table, targets, weights, gradients: bool):
     cut = "fsdp" if "fsdp" in over and table.shape[1] % sizes()["fsdp"] == 0 else None
     rest = tuple(axis for axis in over if axis != cut)
 
-    def local(*arrays):
-        out, made = _chunks(how, *arrays, gradients)
+    def local(hidden, w, targets, weights):
+        out, made = _chunks(how, hidden, w, targets, weights, gradients)
         out = jax.lax.psum(out, over)
         if not made:
             return out, None

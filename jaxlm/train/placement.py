@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.parallel import hosts
 from jaxlm.parallel.sharding import RULES, SPREAD, Replicated, Rules, batch_shardings, shardings
@@ -28,7 +28,7 @@ def state_shardings(
     state: TrainState,
     axes: Tree,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     zero: int = 0,
     offload: Sequence[str] = (),
@@ -61,7 +61,7 @@ def state_shardings(
     return TrainState(step, trainable, frozen, moments, key, scale, lr_scale), failed + more + missed
 
 
-def gradient_shardings(state: TrainState, axes: Tree, mesh: Mesh, zero: int = 0) -> Gradients:
+def gradient_shardings(state: TrainState, axes: Tree, mesh: Mesh | AbstractMesh, zero: int = 0) -> Gradients:
     """Where gradients lie, beside `state_shardings` with the same arguments."""
     layouts = [_variable_shardings(state.trainable, axes, mesh, rules)[0] for rules in (RULES, SPREAD)]
     return Gradients(summed=layouts[_stage(zero, mesh) >= 2], used=layouts[zero >= 1])
@@ -77,14 +77,16 @@ def bytes_per_device(tree: Tree, shardings: Tree) -> dict[str, int]:
     return found
 
 
-def _variable_shardings(tree: Tree, axes: Tree, mesh: Mesh, rules: Rules) -> tuple[Tree, list[Replicated]]:
+def _variable_shardings(
+    tree: Tree, axes: Tree, mesh: Mesh | AbstractMesh, rules: Rules
+) -> tuple[Tree, list[Replicated]]:
     named = {join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axes)}
     none = lambda leaf: (None,) * leaf.ndim
     found = jax.tree_util.tree_map_with_path(lambda path, leaf: named.get(join(path), none(leaf)), tree)
     return shardings(found, tree, mesh, rules)
 
 
-def _stage(zero: int, mesh: Mesh) -> int:
+def _stage(zero: int, mesh: Mesh | AbstractMesh) -> int:
     """The stage; ValueError for one that there is not, or that would change nothing."""
     if zero not in STAGES:
         raise ValueError(f"zero={zero}: expected one of {', '.join(map(str, STAGES))}")

@@ -21,7 +21,7 @@ from jaxlm.train.scaler import LossScale
 Tree = Any
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-Loss = Callable[[Tree, Batch, Array], tuple[Array, Array, Metrics]]
+Loss = Callable[[Tree, Batch, Array | None], tuple[Array, Array, Metrics]]
 """(variables, batch, rng) -> (sum, weight, metrics): float32 scalars; metrics are sums over the same weights."""
 
 
