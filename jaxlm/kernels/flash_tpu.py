@@ -37,8 +37,8 @@ def flash_tpu(
 ) -> Any:
     """Attention as `attention` defines it: out BTND in q's dtype and, if asked, lse float32 BTN; differentiable.
 
-    Runs under the mesh in force: batch over its axes data, fsdp and expert, heads over tensor; a size that they do not
-    divide is a ValueError. interpret (True or pltpu.InterpretParams) and the blocks are for tests.
+    Runs under the mesh in force: batch over its axes data and fsdp, heads over tensor; a size that they do not divide
+    is a ValueError. interpret (True or pltpu.InterpretParams) and the blocks are for tests.
     """
     b = q.shape[0]
     if scale <= 0:  # the kernel takes the maximum before it scales
