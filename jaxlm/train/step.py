@@ -92,11 +92,13 @@ def make_train_step(
     summed, used = (None, None) if gradients is None else (gradients.summed, gradients.used)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        state = on_device(state)
+        variables = on_device((state.trainable, state.frozen))
+        state = dataclasses.replace(state, trainable=variables[0], frozen=variables[1])
         key, use = jax.random.split(state.key)
         total, weight, found, grads = _gradients(loss, state, batch, use, summed)
         grads = _laid_out(grads, used)
         norm = optax.tree.norm(grads)
+        state = dataclasses.replace(state, optimizer=on_device(state.optimizer, once=norm))
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         if clip is not None:
             shrink = jnp.minimum(1.0, jnp.asarray(clip) / jnp.maximum(norm, 1e-12))
@@ -140,10 +142,20 @@ def make_eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
     return jax.jit(step)
 
 
-def on_device(tree: Tree) -> Tree:
-    """The arrays, those in host memory brought to the devices, where alone something can be computed."""
-    here, there = jax.memory.Space.Device, jax.memory.Space.Host
-    return jax.tree.map(lambda x: jax.device_put(x, here) if jax.typeof(x).memory_space == there else x, tree)
+def on_device(tree: Tree, once: Array | None = None) -> Tree:
+    """The arrays, those in host memory brought to the devices, where alone something can be computed.
+
+    once: when this is known, and not before, so that what else needs memory by then has gone.
+    """
+
+    def one(x: Array) -> Array:
+        if jax.typeof(x).memory_space != jax.memory.Space.Host:
+            return x
+        if once is not None:
+            x, _ = jax.lax.optimization_barrier((x, once))
+        return jax.device_put(x, jax.memory.Space.Device)
+
+    return jax.tree.map(one, tree)
 
 
 def _laid_out(tree: Tree, shardings: Tree | None) -> Tree:
