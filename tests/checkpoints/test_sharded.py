@@ -1,5 +1,6 @@
 """Checkpoints over a mesh: the same bits as on one device, read once, written back byte for byte."""
 
+import functools
 import json
 import math
 
@@ -35,6 +36,11 @@ PRESETS = {
 }
 
 
+@functools.cache
+def made(name: str, mesh: str | None = None) -> jaxlm.Model:
+    return jaxlm.init(MODELS[name], key=jax.random.key(1), mesh=mesh)
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """How many bytes of each tensor were read."""
@@ -51,7 +57,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_same_bits_read_once_and_written_back(name, tmp_path, counted):
-    jaxlm.init(MODELS[name], key=jax.random.key(1)).save(tmp_path / "one")
+    made(name).save(tmp_path / "one")
     alone = flatten(jaxlm.load(tmp_path / "one").params)
     counted.clear()
     model = jaxlm.load(tmp_path / "one", mesh=PRESETS[name])
@@ -70,14 +76,14 @@ def test_the_same_bits_read_once_and_written_back(name, tmp_path, counted):
 
 
 def test_init_does_not_depend_on_the_mesh():
-    one, many = (jaxlm.init(CONFIGS["dense"], key=jax.random.key(1), mesh=mesh) for mesh in (None, "fsdp=4,tensor=2"))
+    one, many = (made("dense", mesh) for mesh in (None, "fsdp=4,tensor=2"))
     assert many.params["layers"]["attn"]["q"]["w"].addressable_shards[0].data.shape == (4, 8, 4, 4)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_a_model_on_a_mesh_computes_what_it_does_on_one_device():
-    one, many = (jaxlm.init(CONFIGS["dense"], key=jax.random.key(1), mesh=mesh) for mesh in (None, "fsdp=4,tensor=2"))
+    one, many = (made("dense", mesh) for mesh in (None, "fsdp=4,tensor=2"))
     tokens = np.random.default_rng(0).integers(0, 64, (3, 9))
     logits = many(tokens)
     assert logits.sharding.is_fully_replicated
@@ -94,7 +100,7 @@ def test_what_does_not_divide_is_named(caplog):
     assert "layers/attn/k/w (kv_heads=4 over 8)" in caplog.text and "attn/q" not in caplog.text
 
 
-def test_refusals(tmp_path):
+def test_refusals():
     with pytest.raises(ValueError, match="layers='unrolled' is a form for one device"):
         jaxlm.init(CONFIGS["dense"], mesh="fsdp=8", layers="unrolled")
     with pytest.raises(ValueError, match="is for 4 devices; there are 8"):
@@ -105,8 +111,7 @@ def test_refusals(tmp_path):
 
 
 def test_float16_is_checked_on_a_mesh_too(tmp_path):
-    model = jaxlm.init(CONFIGS["dense"])
-    model.params = model.params | {"final_norm": {"scale": jax.numpy.full(32, 1e6)}}
+    model = made("dense").with_params(made("dense").params | {"final_norm": {"scale": jax.numpy.full(32, 1e6)}})
     model.save(tmp_path / "large")
     with pytest.raises(ValueError, match=r"norm.weight has numbers beyond float16"):
         jaxlm.load(tmp_path / "large", dtype="float16", mesh="fsdp=8")
@@ -131,7 +136,7 @@ def test_boxes(tmp_path):
             source.read_box("x", 0, (30, 8), ((0, 31), (0, 8)))
 
 
-def test_gguf_over_a_mesh(smollm2_gguf, monkeypatch):
+def test_gguf_over_a_mesh(smollm2_gguf):
     """One quantized matrix whose rows llama.cpp permutes, cut both ways."""
     from jaxlm.opening import open_checkpoint
 
@@ -146,7 +151,7 @@ def test_gguf_over_a_mesh(smollm2_gguf, monkeypatch):
 
 def test_a_sharded_checkpoint_of_mixed_dtypes(tmp_path):
     """A stack whose layers are stored in two dtypes, cut over pipe, is float32."""
-    jaxlm.init(CONFIGS["dense"], key=jax.random.key(1)).save(tmp_path / "one", dtype="bfloat16")
+    made("dense").save(tmp_path / "one", dtype="bfloat16")
     with SafetensorsSource(tmp_path / "one") as source:
         tensors = {name: source.read(name) for name in source.tensors}
     mixed = "model.layers.3.mlp.up_proj.weight"
