@@ -26,4 +26,4 @@ def test_the_examples_run(page, request, tmp_path, monkeypatch):
 
 
 def test_pages_are_there():
-    assert len(PAGES) == 6
+    assert len(PAGES) == 7

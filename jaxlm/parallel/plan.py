@@ -162,7 +162,7 @@ def out_of_memory(message: str) -> str | None:
     """What a compiler's or runtime's error says of too little memory, in short; None if it is another error."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
-    used = re.search(r"Used [\d.]+[KMGT]? of [\d.]+[KMGT]? \w+\. Exceeded \w+ capacity by [\d.]+[KMGT]?", message)
+    used = re.search(r"Used [\d.]+[KMGT]? of [\d.]+[KMGT]? \w+(\. Exceeded \w+ capacity by [\d.]+[KMGT]?)?", message)
     return used[0] if used else message.splitlines()[0][:300]
 
 

@@ -55,7 +55,8 @@ class Training:
         optimizer, settings, state, batch = self.abstract()
         axes = {"params": self.family.backbone.logical_axes(self.config)}
         placed, _ = state_shardings(state, axes, optimizer, mesh)
-        gradients = gradient_shardings(state, axes, mesh)
+        # Without devices nothing is compiled, and the step is traced as for one.
+        gradients = gradient_shardings(state, axes, mesh) if isinstance(mesh, Mesh) else None
         state, batch = place(state, placed), place(batch, batch_shardings(batch, mesh))
         step = make_train_step(
             causal_lm(self.objective()), optimizer, settings, clip=1.0, shardings=placed, gradients=gradients

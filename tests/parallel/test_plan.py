@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.models.registry import family
 from jaxlm.parallel import topology
-from jaxlm.parallel.collectives import read_collectives, totals
+from jaxlm.parallel.collectives import KINDS, read_collectives, totals
 from jaxlm.parallel.estimate import largest_layer, zero2, zero3
 from jaxlm.parallel.flops import count_flops
 from jaxlm.parallel.mesh import make_mesh
@@ -26,7 +26,7 @@ from tests.conftest import NO_LIBTPU
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=NO_LIBTPU)
 CONFIG = {
-    "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
@@ -142,13 +142,13 @@ def test_flops_of_loops_remat_branches_and_shards():
 def test_flops_of_a_training_step_are_those_of_its_weights():
     config = family("llama").config(CONFIG)
     work = Training(family=family("llama"), config=config, batch=3, seq=128, remat="none")
-    layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512
-    products = 6 * 3 * 128 * (4 * layer + 512 * 256)
+    layer = 2 * 512 * 256 + 2 * 512 * 128 + 3 * 512 * 512
+    products = 6 * 3 * 128 * (4 * layer + 512 * 512)
     attention = 3 * 4 * (4 + 10) * 128 * 128 * 64 * 4  # dense: one tile
     assert products < work.model_flops() <= products + attention
     # Full remat keeps each layer's input, beside what the head and the embedding keep.
     kept = dataclasses.replace(work, remat="full").activations()
-    assert 4 * 128 * 256 * 2 <= kept < 2 * 4 * 128 * 256 * 2 < work.activations()
+    assert 4 * 128 * 512 * 2 <= kept < 2 * 4 * 128 * 512 * 2 < work.activations()
 
 
 # Formulas
@@ -190,7 +190,9 @@ def test_sum_scatter(preset, dim):
     mesh = make_mesh(preset)
     x = np.random.default_rng(0).normal(size=(mesh.shape["fsdp"], 16, 24)).astype(np.float32)
     out = P(*("fsdp" if i == dim else None for i in range(2)))
-    summed = jax.shard_map(lambda x: sum_scatter(x[0], "fsdp", dim), mesh=mesh, in_specs=P("fsdp"), out_specs=out)
+    summed = jax.shard_map(
+        lambda x: sum_scatter(x[0], "fsdp", dim), mesh=mesh, in_specs=P("fsdp"), out_specs=out, check_vma=False
+    )
     np.testing.assert_allclose(jax.jit(summed)(x), x.sum(0), rtol=1e-5, atol=1e-5)
 
 
@@ -249,12 +251,11 @@ def compiled(name: str, preset: str, **changes) -> Plan:
 def test_fsdp_gathers_weights_and_scatters_gradients():
     """On a torus whose rings close; in another order of devices every gather would be an all-reduce."""
     plan = compiled("v5p:4x4x4", "fsdp=64")
-    runs = {(t.kind, t.axes): t.runs for t in plan.collectives}
-    weights = 7  # of a layer: q, k, v, o, gate, up, down
-    assert runs["all-gather", ("fsdp",)] >= 4 * 2 * weights
-    assert runs["reduce-scatter", ("fsdp",)] >= 4 * 2  # two stages of at least one sum a layer
-    large = [t for t in plan.collectives if t.kind == "all-reduce"]
-    assert sum(t.moved for t in large) < 0.05 * sum(t.moved for t in plan.collectives)
+    moved = {kind: sum(t.moved for t in plan.collectives if t.kind == kind) for kind in KINDS}
+    layers = 4 * (2 * 512 * 256 + 2 * 512 * 128 + 3 * 512 * 512)  # weights
+    assert moved["all-gather"] >= 0.9 * 2 * 2 * layers  # in bfloat16, forward and backward
+    assert moved["reduce-scatter"] >= 0.9 * 4 * layers  # in float32
+    assert moved["all-reduce"] < 0.05 * sum(moved.values())
     assert plan.fits and plan.peak is not None and plan.arguments == pytest.approx(sum(plan.bytes.values()), rel=0.2)
 
 

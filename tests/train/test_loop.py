@@ -59,6 +59,20 @@ def weights(directory: Path) -> dict:
     return jax.tree.map(np.asarray, jaxlm.load(directory).params)
 
 
+def test_running_out_of_memory_points_to_the_plan(ground, tmp_path):
+    run = Run(setup(config(ground, tmp_path / "run", precision="bfloat16")))
+
+    def fake(state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 18G of 15G hbm. Exceeded hbm ...")
+
+    run.step_function = fake
+    with pytest.raises(MemoryError, match=r"Used 18G of 15G.*parameters .* GB.*jaxlm plan .*--batch 4 --seq 32 "):
+        run.train()
+    run.step_function = lambda state, batch: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        run.train()
+
+
 def test_a_run_learns_and_leaves_a_model(ground, tmp_path):
     result = Run(setup(config(ground, tmp_path / "run"))).train()
     logged = [row for row in rows(tmp_path / "run") if "loss" in row]
