@@ -114,13 +114,13 @@ def _chunk(s: int, q: int, k: int, widths: int, itemsize: int, segmented: bool) 
     """How many keys fit VMEM beside a tile of queries: all of them, or several tiles of k.
 
     What is read and written has two buffers. A tile's dq is written in the dtype of q if all keys are in one chunk, and
-    else added up in float32, read and written. v5p keeps a tile of logits and half a megabyte more for itself.
+    else added up in float32, read and written. The products of a tile take room too: on v4 two of logits and one of dq.
     """
     key_bytes = widths * (4 * itemsize + 4) + (1024 if segmented else 0)
 
     def room(dq_bytes):
-        queries = q * widths * (2 * itemsize + dq_bytes + 2)
-        return min(CHUNK_BYTES, VMEM_BYTES - queries - 4 * q * k - 2**19) // key_bytes
+        queries, products = q * widths * (2 * itemsize + dq_bytes + 2), q * (8 * k + 2 * widths)
+        return min(CHUNK_BYTES, VMEM_BYTES - queries - products - 2**18) // key_bytes
 
     if round_up(s, k) <= room(itemsize):
         return round_up(s, k)
