@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.parallel.topology import prepare_environment
+
 # Chip -> its smallest topology of four chips, and the accelerator type that libtpu wants to read somewhere.
 CHIPS = {
     "v4": ("v4:2x2x1", "v4-8"),
@@ -31,15 +33,7 @@ CHIPS = {
 DELAY = 4  # bundles after a branch that run in any case
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
-# Before libtpu loads: without these it asks a metadata server for a TPU, or locks other processes out.
-for _name, _value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v6e-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-}.items():
-    os.environ.setdefault(_name, _value)
+prepare_environment()
 
 
 def tpu_topology(chip: str) -> Any:

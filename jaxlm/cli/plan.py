@@ -145,11 +145,10 @@ def read_config(source: str) -> tuple[str, dict[str, Any]]:
 def show(one: Any, wanted: Wanted) -> None:
     """Prints a plan."""
     chip = one.topology.chip
-    gib = lambda n: f"{n / 1e9:.2f} GB"
     answer = "fits" if one.fits else "DOES NOT FIT"
-    used = f"{gib(one.peak)} of {gib(chip.hbm)}" if one.peak is not None else gib(chip.hbm)
+    used = f"{size(one.peak)} of {size(chip.hbm)}" if one.peak is not None else size(chip.hbm)
     how = "estimate, nothing was compiled" if one.is_estimate else f"compiled in {one.compile_seconds:.0f} s"
-    kinds = "; ".join(f"{name} {gib(n)}" for name, n in one.bytes.items())
+    kinds = "; ".join(f"{name} {size(n)}" for name, n in one.bytes.items())
     low, high = one.mfu
     rows = [
         ("program", f"{one.name}, {wanted.batch} x {wanted.seq:,} tokens, {wanted.precision}"
@@ -157,12 +156,12 @@ def show(one: Any, wanted: Wanted) -> None:
         ("devices", f"{one.topology.size} x {chip.name}, mesh {one.preset}"),
         ("answer", f"{answer}: {used} a device ({how})"),
         *([("because", one.why)] if one.why else []),
-        ("arguments", f"{gib(one.arguments)}: {kinds}"),
+        ("arguments", f"{size(one.arguments)}: {kinds}"),
     ]  # fmt: skip
     if not wanted.serve:
-        rows.append(("gradients", f"{gib(one.bytes['parameters'])} in float32, among the temporaries"))
+        rows.append(("gradients", f"{size(one.bytes['parameters'])} in float32, among the temporaries"))
     if one.temporaries is not None:
-        rows.append(("temporaries", gib(one.temporaries)))
+        rows.append(("temporaries", size(one.temporaries)))
     kernels = f", {one.flops.kernels:.3g} of them in kernels" if one.flops.kernels else ""
     rows += [
         ("FLOPs", f"{one.flops.total:.4g} a device{kernels}"),
