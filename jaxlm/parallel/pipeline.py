@@ -3,7 +3,8 @@
 The stacks stay as they are stored: cut on their first axis, a device holds successive layers. A step of the schedule
 runs one micro-batch through every stage and passes the results on; after m + P - 1 steps all m micro-batches have seen
 all P stages. The axes other than `pipe` stay automatic, so that everything else composes with it. Plain
-differentiation: the backward pass runs the schedule in reverse. Embedding and head are outside.
+differentiation: the backward pass runs the schedule in reverse. Embedding and head are outside; the stages
+share out the rows of the head.
 """
 
 import dataclasses
@@ -81,35 +82,38 @@ class Pipeline:
                 depths[:] = [extra.depths for extra in extras]
                 return x, [extra.values for extra in extras]
 
-            return _schedule(layers_of, number[0], xs, stages)
+            return _schedule(layers_of, number[0], xs, stages, x.dtype)
 
         run = jax.shard_map(
             stage, mesh=jax.sharding.get_abstract_mesh(), in_specs=(P(AXIS), P(AXIS), P(), P()),
             out_specs=(P(), P(AXIS)), axis_names={AXIS}, check_vma=False,
         )  # fmt: skip
         # A stage learns its number from an array: partitioners do not know it where other axes are automatic.
-        out, values = run(dict(params), jnp.arange(stages), _cut(x, m), leaves)
-        out = jnp.moveaxis(out, 0, 1).reshape(x.shape)
+        # XLA on CPU aborts over a bfloat16 sum in such a region: micro-batches and their gradients pass as float32.
+        out, values = run(dict(params), jnp.arange(stages), _cut(x.astype(jnp.float32), m), leaves)
+        out = jnp.moveaxis(out, 0, 1).reshape(x.shape).astype(x.dtype)
         step = len(layers) // stages * np.arange(stages)[:, None]
         extras = [Extra((d + step).ravel(), v) for d, v in zip(depths, values, strict=True)]
-        return constrain(out, "batch", "length", None), None, extras
+        shared = len(x) % (stages * _ways()) == 0
+        return constrain(out, "head_batch" if shared else "batch", "length", None), None, extras
 
 
-def _schedule(layers_of: Callable, number: Array, xs: Array, stages: int):
-    """Micro-batches xs [m, b, T, D] through all stages: (the last one's results, and this one's extras summed)."""
+def _schedule(layers_of: Callable, number: Array, xs: Array, stages: int, dtype):
+    """Micro-batches xs [m, b, T, D] float32 through all stages, which compute in dtype: (the last one's results,
+    float32, and this one's extras summed)."""
     m = len(xs)
 
     def step(received: Array, t: Array):
         i = t - number
         busy, i = (i >= 0) & (i < m), jnp.clip(i, 0, m - 1)
-        x = jnp.where(number == 0, jax.lax.dynamic_index_in_dim(xs, i, keepdims=False), received)
+        x = jnp.where(number == 0, jax.lax.dynamic_index_in_dim(xs, i, keepdims=False).astype(dtype), received)
         x, values = layers_of(x, i)
         following = jax.lax.ppermute(x, AXIS, [(s, s + 1) for s in range(stages - 1)])
         return following, (x, jax.tree.map(lambda v: jnp.where(busy, v, 0), values))
 
-    _, (results, values) = jax.lax.scan(step, jnp.zeros_like(xs[0]), jnp.arange(m + stages - 1))
-    # One stage has the results, so the sum is exact in any dtype.
-    results = jax.lax.psum(jnp.where(number == stages - 1, results[stages - 1 :], 0), AXIS)
+    _, (results, values) = jax.lax.scan(step, jnp.zeros(xs.shape[1:], dtype), jnp.arange(m + stages - 1))
+    results = results[stages - 1 :].astype(jnp.float32)
+    results = jax.lax.psum(jnp.where(number == stages - 1, results, 0), AXIS)  # only the last stage has them
     return results, jax.tree.map(lambda v: v.sum(0), values)
 
 
@@ -130,11 +134,16 @@ def _check(layers: Sequence[Layer], params: Mapping[str, Tree], stages: int) -> 
 
 def _microbatches(wanted: int, rows: int, stages: int) -> int:
     """How many micro-batches these rows make; ValueError where they cannot."""
-    ways = math.prod(sizes().get(axis, 1) for axis in BATCH)
+    ways = _ways()
     m = wanted or max((m for m in range(1, 4 * stages + 1) if rows % (m * ways) == 0), default=1)
     if rows % (m * ways):
         raise ValueError(f"{rows} rows do not split into {m} micro-batches over {ways} devices of {', '.join(BATCH)}")
     return m
+
+
+def _ways() -> int:
+    """How many ways rows are cut."""
+    return math.prod(sizes().get(axis, 1) for axis in BATCH)
 
 
 def _cut(x: Array, m: int) -> Array:

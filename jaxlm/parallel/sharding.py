@@ -19,6 +19,7 @@ MeshAxes = str | tuple[str, ...] | None
 Rules = tuple[tuple[str, MeshAxes], ...]
 RULES: Rules = (
     ("batch", ("data", "fsdp", "expert")),
+    ("head_batch", ("data", "fsdp", "expert", "pipe")),  # rows of the head, which the stages of a pipeline share out
     ("length", "sequence"),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
