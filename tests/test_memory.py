@@ -97,7 +97,7 @@ def test_peak_is_the_parameters_and_little_more(mesh, tmp_path):
     assert report["parameters"] == size
     largest = 8192 * 1024 * 4
     assert report["convert"] <= 2 * largest + 100e6, report
-    limit = 1.15 * size + 150e6 if not mesh else size + 3 * largest + 150e6  # compiling takes some of it
+    limit = 1.15 * size + 150e6 if not mesh else size + 4 * largest + 150e6  # compiling takes some of it
     assert report["load"] <= limit, report
     assert report["save"] <= limit, report
     assert (tmp_path / "again/model.safetensors").stat().st_size == (tmp_path / "model.safetensors").stat().st_size
