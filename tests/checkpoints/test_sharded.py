@@ -90,8 +90,8 @@ def test_a_model_on_a_mesh_computes_what_it_does_on_one_device():
     np.testing.assert_allclose(logits, one(tokens), atol=2e-6)
     np.testing.assert_allclose(many.logprobs(tokens), one.logprobs(tokens), atol=2e-6)
     for draw in ({"temperature": 0}, {"temperature": 1, "seed": 3}):
-        made = [model.generate(tokens, max_new_tokens=5, **draw) for model in (one, many)]
-        np.testing.assert_array_equal(*made)
+        drawn = [model.generate(tokens, max_new_tokens=5, **draw) for model in (one, many)]
+        np.testing.assert_array_equal(*drawn)
 
 
 def test_what_does_not_divide_is_named(caplog):
