@@ -145,7 +145,7 @@ def make_eval_step(loss: Loss) -> Callable[[TrainState, Batch], Metrics]:
 def on_device(tree: Tree, once: Array | None = None) -> Tree:
     """The arrays, those in host memory brought to the devices, where alone something can be computed.
 
-    once: when this is known, and not before, so that what else needs memory by then has gone.
+    once: when this is known, and not before: moments are of no use until the gradients are there.
     """
 
     def one(x: Array) -> Array:
