@@ -96,7 +96,7 @@ def test_blocks_follow_the_work_and_fit():
     assert choose_blocks(masks.window(64), 4096, 4096, 256, 2, False).q == 512
     assert choose_blocks(masks.CAUSAL, 200, 300, 256, 2, False) == Blocks(256, 384, 384)
     assert choose_blocks(masks.CAUSAL, 4096, 4096, 256, 2, False) == Blocks(512, 512, 4096)
-    assert choose_blocks(masks.CAUSAL, 32768, 32768, 512, 2, True) == Blocks(512, 512, 1536)  # of 1024 only 512 keys
+    assert choose_blocks(masks.CAUSAL, 32768, 32768, 512, 2, True) == Blocks(512, 512, 1024)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
