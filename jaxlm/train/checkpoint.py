@@ -20,6 +20,11 @@ from jaxlm.train.step import TrainState
 METRIC = "eval_loss"
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a checkpoint was saved without an evaluation, which is no mistake."""
+    return "tracked_metric" not in record.getMessage()
+
+
 class Checkpoints:
     """The checkpoints under a directory: the newest `keep` are kept, and the one with the least evaluation loss.
 
@@ -28,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 2):
         logging.getLogger("absl").setLevel(logging.WARNING)
+        logging.getLogger("absl").addFilter(_is_news)
         loss = lambda metrics: metrics[METRIC]
         best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(

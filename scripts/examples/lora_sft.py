@@ -127,6 +127,8 @@ def main() -> None:
     model = jaxlm.load(result.model)
     after = exact(model, held_out)
     print(f"answered exactly, of {args.held_out} held-out questions: {before:.0%} before, {after:.0%} after")
+    if after <= before:
+        raise SystemExit("it has learnt nothing")
     if args.check:
         check(model, result.model, held_out[:8])
 
