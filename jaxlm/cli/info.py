@@ -21,9 +21,11 @@ def info(
     *,
     params: Annotated[bool, Option(help="also list every tensor")] = False,
     mesh: Annotated[
-        str | None, Option(help="also say where parameters go, as fsdp=4,tensor=2; needs no device")
+        str | None, Option(metavar="PRESET", help="also say where parameters go, as fsdp=4,tensor=2; needs no device")
     ] = None,
-    dtype: Annotated[Dtype, Option(help="of the parameters on the mesh; default the checkpoint's")] = None,
+    dtype: Annotated[
+        Dtype, Option(metavar="DTYPE", help="of the parameters on the mesh, as in bfloat16; default the checkpoint's")
+    ] = None,
     json_: Annotated[bool, Option(name="json", help="print JSON instead of tables")] = False,
     ignore_fields: IgnoreFields = (),
 ) -> int:

@@ -23,7 +23,7 @@ def plan(
     *,
     topology: Annotated[str, Option(metavar="CHIP:SHAPE", help="v4, v5e, v5p, v6e, tpu7x; a100, h100, h200")],
     mesh: Annotated[str | None, Option(metavar="PRESET", help="as in fsdp=16,tensor=4; default fsdp over all")] = None,
-    batch: Annotated[int | None, Option(help="rows over all devices; default one for each")] = None,
+    batch: Annotated[int | None, Option(metavar="N", help="rows over all devices; default one for each")] = None,
     seq: Annotated[int, Option(help="tokens a row")] = 8192,
     train: Annotated[bool, Option(help="a training step, which is the default")] = False,
     serve: Annotated[bool, Option(help="a prefill and a decoding step instead")] = False,

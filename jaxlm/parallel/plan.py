@@ -168,7 +168,7 @@ def out_of_memory(message: str) -> str | None:
 
 def needed(why: str) -> int | None:
     """Bytes that the program wants, out of `why`."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of", why)
+    match = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT]?)(?: of|\))", why)
     return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 

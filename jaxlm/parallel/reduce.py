@@ -23,8 +23,11 @@ def sum_rows(product: Callable[..., Array], arrays: tuple[Array, ...], dim: int)
     """product(*arrays), which sums over batch and length, the first axes of every array.
 
     Where fsdp cuts the rows and dimension `dim` of the result, every device sums its own rows, and then each gets its
-    part of the sum of all: the partitioner would have each get all. Over data it is left to, whose layout is ZeRO's.
+    part of the sum of all: the partitioner would have each get all. It does the rest: over data, whose layout is
+    ZeRO's, and within a pipeline's stage, where it fails on a region of ours inside of another.
     """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return product(*arrays)
     laid, over = rows_over(arrays[0].shape)
     shape = jax.eval_shape(product, *arrays).shape
     if "fsdp" not in over or "data" in over or dim < 0 or shape[dim] % sizes()["fsdp"]:

@@ -84,7 +84,9 @@ def _run(how: CrossEntropy, hidden, table, targets, weights, gradients: bool):
     """
     rows, over = rows_over(hidden.shape)
     w = table.astype(hidden.dtype)
-    if not over:
+    n = sizes()
+    # Where both pipe and tensor cut, XLA's partitioner fails on a region (a check in spmd_partitioner_util.cc).
+    if not over or (n.get("pipe", 1) > 1 and n.get("tensor", 1) > 1):
         out, made = _chunks(how, hidden, w, targets, weights, gradients)
         return out, made and (made[0], made[1].astype(table.dtype))
     cut = "fsdp" if "fsdp" in over and table.shape[1] % sizes()["fsdp"] == 0 else None

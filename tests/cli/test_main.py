@@ -49,6 +49,7 @@ def test_missing_checkpoint(cli, command, tmp_path):
         "convert": [tmp_path / "out"],
         "prepare": [tmp_path / "out", "--tokenizer", tmp_path / "nowhere"],
         "eval": ["--text", tmp_path / "text"],
+        "plan": ["--topology", "v5e:2x2"],
     }.get(command, [])
     code, out, err = cli(command, tmp_path / "nowhere", *more)
     assert code == 2 and out == ""

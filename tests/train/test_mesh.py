@@ -28,7 +28,7 @@ def test_a_run_over_pipe_sequence_and_fsdp(ground, tmp_path):  # noqa: F811
     ("settings", "message"),
     [
         (
-            {"mesh": "sequence=8", "data": {"train": "train.jsonl", "seq_len": 36}},
+            {"mesh": "sequence=8", "eval_every": 0, "data": {"train": "train.jsonl", "seq_len": 36}},
             "36 tokens do not split over sequence=8",
         ),
         ({"mesh": "pipe=8"}, "2 layers do not split over pipe=8"),
