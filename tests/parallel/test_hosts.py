@@ -154,6 +154,7 @@ def test_four_processes_go_on_where_two_stopped(ground, interrupted, alone, tmp_
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_others_stop_when_one_is_killed(ground, tmp_path):
     chosen = settings(ground, tmp_path / "run", steps=100_000, save_every=2)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain(chosen)))

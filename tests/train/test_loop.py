@@ -377,6 +377,7 @@ def test_bad_adapters(ground, tmp_path, adapter, message):
         setup(config(ground, tmp_path, adapter=adapter))
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh_and_converted(ground, tmp_path):
     """The state comes back bit for bit on other devices, the losses go on, and a checkpoint is a model to read."""
     some = {"eval_every": 0, "log_every": 1, "steps": 4, "accumulate": 1}
@@ -421,6 +422,7 @@ def test_a_run_that_trained_a_part_is_converted_with_the_rest(ground, tmp_path, 
     assert "without a complete checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_changes_where_its_state_lies(ground, tmp_path):
     """Begun with everything in host memory at ZeRO stage 2, gone on with at stage 0, beside a run on one device."""
     data = {"train": str(ground / "train.jsonl"), "eval": str(ground / "eval.jsonl"), "seq_len": 32, "batch_size": 8}

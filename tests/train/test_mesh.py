@@ -18,6 +18,7 @@ def losses(ground, out, **settings):  # noqa: F811
     return [row.get("loss", row.get("eval_loss")) for row in rows(out)]
 
 
+@pytest.mark.slow
 def test_a_run_over_pipe_sequence_and_fsdp(ground, tmp_path):  # noqa: F811
     alone = losses(ground, tmp_path / "alone")
     spread = losses(ground, tmp_path / "spread", mesh="pipe=2,sequence=2,fsdp=2", microbatches=2)
