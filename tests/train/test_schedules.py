@@ -23,9 +23,12 @@ CASES = {  # ours -> (its settings, transformers' name, its settings)
 }
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     ours, name, settings = CASES[case]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     warmup = {} if name == "constant" else {"num_warmup_steps": WARMUP}

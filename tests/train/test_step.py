@@ -202,9 +202,11 @@ def test_a_number_that_an_optimizer_lacks(given, message):
         Optimizer(schedule=CONSTANT, **given)
 
 
+@pytest.mark.torch
 def test_adamw_equals_torch(config):
     """Five updates with warm-up, decay and clipping, beside torch.optim.AdamW on the same gradients."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     schedule = Schedule(name="linear", steps=8, warmup=2)
     settings = Optimizer(rate=0.05, schedule=schedule, decay=0.1, beta2=0.95)
     optimizer = settings.make()
