@@ -28,7 +28,8 @@ class Implementation:
     """Where an implementation lives; its module is imported when a call first asks for it.
 
     The module has `<name>(q, k, v, mask, *, scale, return_lse, **features)`, `refuses_<name>(call)`: why it cannot, or
-    None, and possibly `declines_<name>(call)`: why it could and yet is not the choice where none is named, or None.
+    None, and possibly `declines_<name>(call)`: why it could and yet is not the choice where none is named, or None; and
+    `gradients_<name>`, which computes what `gradients` does without the results of these keys alone.
     """
 
     name: str
@@ -46,6 +47,9 @@ class Implementation:
     def declines(self, call: Call) -> str | None:
         judge = self._get(f"declines_{self.name}", None)
         return None if judge is None else judge(call)
+
+    def gradients(self) -> Any:
+        return self._get(f"gradients_{self.name}", None)
 
     def _get(self, name: str, *default) -> Any:
         return getattr(importlib.import_module(self.module), name, *default)
@@ -118,6 +122,22 @@ def attention(
     k, v = repeat_heads(q, k, v, sizes().get("tensor", 1))
     chosen = choose(call_of(q, k, v, mask, given, return_lse), impl)
     return chosen.run(q, k, v, mask, scale=scale, return_lse=return_lse, **given)
+
+
+def gradients(q, k, v, mask, out, lse, d_out, d_lse, *, scale, **features) -> dict[str, Array]:
+    """The gradients of q, k, v and sinks from these keys, where out, lse and their gradients are those of attention to
+    these keys and others: what a ring needs. features as `attention` has them."""
+    given = {name: x for name, x in features.items() if x is not None}
+    chosen = choose(call_of(q, k, v, mask, given, return_lse=True))
+    if (direct := chosen.gradients()) is not None:
+        return direct(q, k, v, mask, out, lse, d_out, d_lse, scale=scale, **given)
+    smooth = {"q": q, "k": k, "v": v} | ({"sinks": given.pop("sinks")} if "sinks" in given else {})
+    part, pull = jax.vjp(lambda x: chosen.run(mask=mask, scale=scale, return_lse=True, **x, **given), smooth)
+    # The result is the sum of the parts of some keys, each weighted by exp(its lse - lse).
+    weight = jnp.exp(part[1] - jnp.where(lse == -jnp.inf, 0, lse))
+    d_out = d_out.astype(jnp.float32)
+    more = (d_out * (part[0].astype(jnp.float32) - out.astype(jnp.float32))).sum(-1)
+    return pull(((weight[..., None] * d_out).astype(part[0].dtype), weight * (d_lse + more)))[0]
 
 
 def reference(

@@ -37,13 +37,33 @@ def flash_tpu(
 ) -> Any:
     """Attention as `attention` defines it: out BTND in q's dtype and, if asked, lse float32 BTN; differentiable.
 
-    Runs under the mesh in force: batch over its axes data and fsdp, heads over tensor; a size that they do not divide
-    is a ValueError. interpret (True or pltpu.InterpretParams) and the blocks are for tests.
+    Runs under the mesh in force: batch over its axes data, fsdp and expert, heads over tensor; a size that they do not
+    divide is a ValueError. interpret (True or pltpu.InterpretParams) and the blocks are for tests.
     """
-    b = q.shape[0]
-    if scale <= 0:  # the kernel takes the maximum before it scales
-        q, scale = (-q, -scale) if scale else (jnp.zeros_like(q), 1.0)
-    arrays = {"q": q, "k": k, "v": v}
+    sign, scale = _above_zero(scale)
+    arrays = _operands(sign * q, k, v, q_segments, k_segments, k_valid, sinks)
+    both: Any = _attend(arrays, Static(mask, scale, softcap, interpret, blocks), backward_blocks)
+    return both if return_lse else both[0]
+
+
+def gradients_flash_tpu(
+    q, k, v, mask, out, lse, d_out, d_lse, *, scale, q_segments=None, k_segments=None, k_valid=None, softcap=None,
+    sinks=None, interpret=False,
+):  # fmt: skip
+    """As kernels.attention.gradients has it: probabilities follow from the log-sum-exp of all keys."""
+    sign, scale = _above_zero(scale)
+    arrays = _operands(sign * q, k, v, q_segments, k_segments, k_valid, sinks)
+    (grads,) = _attend_backward(Static(mask, scale, softcap, interpret, None), None, (arrays, out, lse), (d_out, d_lse))
+    return {name: grads[name] for name in ("k", "v", "sinks") if name in grads} | {"q": sign * grads["q"]}
+
+
+def _above_zero(scale: float) -> tuple[int, float]:
+    """The sign, or 0, to multiply queries by, and the scale then: the kernel takes the maximum before it scales."""
+    return (1, float(scale)) if scale > 0 else (-1, float(-scale)) if scale else (0, 1.0)
+
+
+def _operands(q, k, v, q_segments, k_segments, k_valid, sinks) -> dict[str, Array]:
+    arrays, b = {"q": q, "k": k, "v": v}, q.shape[0]
     if q_segments is not None or k_valid is not None:
         keys = jnp.zeros((b, k.shape[1]), jnp.int32) if k_segments is None else k_segments
         keys = keys if k_valid is None else jnp.where(k_valid, keys, HIDDEN)
@@ -51,8 +71,7 @@ def flash_tpu(
         arrays |= {name: jnp.broadcast_to(x, (b, x.shape[1])) for name, x in (("queries", queries), ("keys", keys))}
     if sinks is not None:
         arrays["sinks"] = sinks.astype(jnp.float32)
-    both: Any = _attend(arrays, Static(mask, float(scale), softcap, interpret, blocks), backward_blocks)
-    return both if return_lse else both[0]
+    return arrays
 
 
 def refuses_flash_tpu(call: Call) -> str | None:

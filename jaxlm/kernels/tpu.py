@@ -14,7 +14,7 @@ HIDDEN = -(2**31)  # the segment of keys that nobody sees
 # Which axes a product sums over.
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 VMEM_BYTES = 16 * 2**20  # the whole of the smallest chip's
-BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)  # mesh axes that split batch and heads
+BATCH_AXES, HEAD_AXES = ("data", "fsdp", "expert"), ("tensor",)  # mesh axes that split batch and heads
 
 
 def shard(function, arrays: dict[str, Array], results: tuple[str, ...], by_head: tuple[str, ...] = ()) -> Any:

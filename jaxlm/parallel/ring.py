@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.kernels.attention import attention
+from jaxlm.kernels import attention
 from jaxlm.kernels.call import Call, repeat_heads
 from jaxlm.kernels.masks import EVERYTHING, FULL, SKIP, Mask, Moved
 from jaxlm.parallel.sharding import sizes, spec
@@ -65,7 +65,7 @@ def all_to_all(q, k, v, mask, *, scale, return_lse=False, softcap=None, **arrays
         lines = {name: jax.lax.all_gather(a, AXIS, axis=1, tiled=True) for name, a in x.items() if a.ndim == 2}
         given: Any = lines | ({"sinks": x["sinks"]} if "sinks" in x else {})
         q, k, v = (by_heads(x[name]) for name in ("q", "k", "v"))
-        out, lse = attention(q, k, v, mask, scale=scale, softcap=softcap, return_lse=True, **given)
+        out, lse = attention.attention(q, k, v, mask, scale=scale, softcap=softcap, return_lse=True, **given)
         back = lambda a: jax.lax.all_to_all(a, AXIS, split_axis=1, concat_axis=2, tiled=True)
         return back(out), back(lse)
 
@@ -203,8 +203,12 @@ def _forward(arrays, *, static: Static, n: int):
     def nothing(block):
         return jnp.zeros((b, t, heads, width), mine["q"].dtype), jnp.full((b, t, heads), -jnp.inf, jnp.float32)
 
+    def part(block, mask, first):
+        q, k, v, given = _arguments(mine, block, static, first)
+        return attention.attention(q, k, v, mask, return_lse=True, **given)
+
     def visit(state, _, block, s, run: Run):
-        look = lambda mask: nothing if mask is None else lambda block: _look(mine, block, mask, static, run.first == 0)
+        look = lambda mask: nothing if mask is None else lambda block: part(block, mask, run.first == 0)
         out, lse = _either(i >= s, run, look, block)
         return _merge(state[0], state[1], out, lse), {}
 
@@ -216,20 +220,11 @@ def _forward(arrays, *, static: Static, n: int):
 def _backward(arrays, out, lse, d_out, d_lse, *, static: Static, n: int, over: tuple[str, ...]):
     """The gradients of this device's queries, keys and values, and of the sinks."""
     mine, block, i = *_apart(arrays), jax.lax.axis_index(AXIS)
-    d_out, out = d_out.astype(jnp.float32), out.astype(jnp.float32)
-    given = d_lse - (d_out * out).sum(-1)
-    top = jnp.where(lse == -jnp.inf, 0, lse)
 
     def gradients(block, mask, first):
-        smooth = {"q": mine["q"], "k": block["k"], "v": block["v"]}
-        smooth |= {"sinks": mine["sinks"]} if first and "sinks" in mine else {}
-        look = lambda x: _look(mine | x, block | x, mask, static, first)
-        (part, part_lse), pull = jax.vjp(look, smooth)
-        # The result is the sum of the parts, each weighted by exp(its lse - lse).
-        weight = jnp.exp(part_lse - top)
-        d_part = weight[..., None] * d_out
-        d_part_lse = weight * (given + (d_out * part).sum(-1))
-        return {name: g.astype(jnp.float32) for name, g in pull((d_part.astype(part.dtype), d_part_lse))[0].items()}
+        q, k, v, given = _arguments(mine, block, static, first)
+        found = attention.gradients(q, k, v, mask, out, lse, d_out, d_lse, **given)
+        return {name: g.astype(jnp.float32) for name, g in found.items()}
 
     def visit(state, late, block, s, run: Run):
         first = run.first == 0
@@ -263,11 +258,10 @@ def _trip(arrays: dict[str, Array], static: Static, n: int) -> tuple[Run, ...]:
     return trip(static.mask, arrays["q"].shape[1], n)
 
 
-def _look(mine, block, mask: Mask, static: Static, first: bool):
-    """(out, lse) of this device's queries and one block."""
+def _arguments(mine, block, static: Static, first: bool):
+    """q, k, v, and what else attention is given of this device's queries and one block."""
     given = {name: x for name, x in (mine | block).items() if name in FEATURES and (first or name != "sinks")}
-    q, k, v = mine["q"], block["k"], block["v"]
-    return attention(q, k, v, mask, scale=static.scale, softcap=static.softcap, return_lse=True, **given)
+    return mine["q"], block["k"], block["v"], given | {"scale": static.scale, "softcap": static.softcap}
 
 
 def _either(near, run: Run, look: Callable[[Mask | None], Callable], block):

@@ -129,9 +129,9 @@ def test_nan_stays_in_its_row():
 
 
 def test_splits_over_the_mesh():
-    q, k, v = inputs(b=2, n=4, kh=2)
+    q, k, v = inputs(b=4, n=4, kh=2)
     sinks = jnp.asarray([0.1, 0.2, 0.3, 0.4])
-    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "tensor", "other"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "tensor", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
     def loss(q, k, v, sinks):
         return (flash_tpu(q, k, v, masks.CAUSAL, scale=0.1, interpret=True, blocks=SMALL, sinks=sinks) ** 2).sum()
@@ -142,8 +142,8 @@ def test_splits_over_the_mesh():
         split = jax.jit(both)(q, k, v, sinks)
         with pytest.raises(ValueError, match=r"key-value heads 1 do not split .*tensor.* 2 devices"):
             jax.jit(loss)(q, k[:, :, :1], v[:, :, :1], sinks)
-        with pytest.raises(ValueError, match=r"examples 1 do not split .*fsdp"):
-            jax.jit(loss)(q[:1], k[:1], v[:1], sinks)
+        with pytest.raises(ValueError, match=r"examples 2 do not split .*fsdp.*expert.* 4 devices"):
+            jax.jit(loss)(q[:2], k[:2], v[:2], sinks)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, alone)
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.kernels import flash_tpu, xla
 from jaxlm.kernels.attention import attention
-from jaxlm.kernels.masks import CAUSAL, EVERYTHING, Band, prefix_lm, window
+from jaxlm.kernels.masks import CAUSAL, EVERYTHING, Band, Moved, prefix_lm, window
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.ring import Run, trip
 
@@ -103,3 +104,26 @@ def test_refusals(impl, changes, message):
 def test_without_a_mesh_it_is_refused():
     with pytest.raises(NotImplementedError, match="'ring' is for a mesh with an axis 'sequence'"):
         attention(*arrays(), CAUSAL, impl="ring")
+
+
+@pytest.mark.parametrize(
+    "direct",
+    [xla.gradients_xla, functools.partial(flash_tpu.gradients_flash_tpu, interpret=True)],
+    ids=["xla", "flash"],
+)
+@pytest.mark.parametrize("scale", [0.2, -0.2])
+def test_gradients_of_some_of_the_keys(direct, scale):
+    """Those of two halves of the keys, given the results for all, are those of all."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 128, n, 64)) for i, n in enumerate((2, 1, 1)))
+    smooth = {"q": q, "k": k, "v": v, "sinks": jnp.array([0.3, -0.7])}
+    run = lambda x: attention(**x, mask=CAUSAL, scale=scale, impl="reference", return_lse=True)
+    (out, lse), pull = jax.vjp(run, smooth)
+    given = jax.random.normal(jax.random.key(5), out.shape), jax.random.normal(jax.random.key(6), lse.shape)
+    (want,) = pull(given)
+    half = lambda part, mask, **sinks: direct(q, k[:, part], v[:, part], mask, out, lse, *given, scale=scale, **sinks)
+    first = half(slice(0, 64), CAUSAL, sinks=smooth["sinks"])
+    second = half(slice(64, 128), Moved(CAUSAL, -64))
+    got = {name: jnp.concatenate([first[name], second[name]], 1) for name in ("k", "v")}
+    got |= {"q": first["q"] + second["q"], "sinks": first["sinks"]}
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=2e-5, err_msg=name)
