@@ -113,8 +113,8 @@ def shardings(
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh | AbstractMesh, lead: int = 0) -> dict[str, NamedSharding]:
-    """Rows over data, fsdp and expert; `lead` dimensions before them (micro-batches) stay whole. ValueError if rows do not
-    divide."""
+    """Rows over data, fsdp and expert; `lead` dimensions before them (micro-batches) stay whole. ValueError if rows do
+    not divide."""
     made = {}
     for name, array in batch.items():
         axes = (*(None,) * lead, "batch", *(None,) * (len(array.shape) - lead - 1))

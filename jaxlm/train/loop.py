@@ -102,19 +102,20 @@ class Run:
         lines = self.out / "metrics.jsonl"
         if hosts.leads() and lines.is_file():
             forget(lines, start)
-        self._sinks: list[Sink] = sinks(config.report, self.out, plain(config)) if hosts.leads() else []
-        with self._sigterm():
-            state, step = self._steps(state, start)
-            if self._why != "SIGTERM" and self.job.eval and self.memory.eval_step != step:
-                state = self._evaluate(state, step)
-            self._save(state, step)
-            self.checkpoints.wait()
-        ended, best = self._why or "done", self.memory.best_step
-        if config.export == "best" and ended != "SIGTERM" and best not in (None, step):
-            state, _ = self.checkpoints.restore(_emptied(state), best)
-        exported = None if ended == "SIGTERM" else self._export(state)
-        for sink in self._sinks:
-            sink.close()
+        with contextlib.ExitStack() as ending:  # in whatever way the run ends
+            self._sinks: list[Sink] = sinks(config.report, self.out, plain(config)) if hosts.leads() else []
+            for sink in self._sinks:
+                ending.callback(sink.close)
+            with self._sigterm():
+                state, step = self._steps(state, start)
+                if self._why != "SIGTERM" and self.job.eval and self.memory.eval_step != step:
+                    state = self._evaluate(state, step)
+                self._save(state, step)
+                self.checkpoints.wait()
+            ended, best = self._why or "done", self.memory.best_step
+            if config.export == "best" and ended != "SIGTERM" and best not in (None, step):
+                state, _ = self.checkpoints.restore(_emptied(state), best)
+            exported = None if ended == "SIGTERM" else self._export(state)
         if hosts.leads() and lines.is_file():
             plot(lines, self.out / "loss.png")
         result = Result(step, ended, self.memory.loss, self.memory.eval_loss, best, exported)

@@ -19,6 +19,7 @@ from jaxlm.cli.main import main
 from jaxlm.train.checkpoint import Checkpoints
 from jaxlm.train.config import TrainConfig, parse, plain, read
 from jaxlm.train.loop import Callback, Run
+from jaxlm.train.metrics import Jsonl
 from jaxlm.train.setup import setup
 from tests.data.tiny import tokenizer
 
@@ -68,6 +69,7 @@ def test_running_out_of_memory_points_to_the_plan(ground, tmp_path):
     run.step_function = fake
     with pytest.raises(MemoryError, match=r"Used 18G of 15G.*parameters .* GB.*jaxlm plan .*--batch 4 --seq 32 "):
         run.train()
+    assert [sink._file.closed for sink in run._sinks if isinstance(sink, Jsonl)] == [True]
     run.step_function = lambda state, batch: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         run.train()
