@@ -7,6 +7,7 @@ function and its shapes into one. Two processes may load libtpu at once (ALLOW_M
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -140,6 +141,7 @@ class Schedule:
 KERNELS = Path(__file__).parent.parent / "jaxlm" / "kernels"
 
 
+@functools.cache
 def source_hash(*modules: str) -> str:
     """Of the code of these modules of jaxlm/kernels; comments, format and the version of Python do not matter."""
     code = "".join(ast.dump(ast.parse((KERNELS / f"{module}.py").read_text())) for module in modules)
