@@ -13,7 +13,13 @@ from tests.adapters import LLAMA, SOME, TOKENS, close, drawn, model, run
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama", "lora"), ("llama", "prefix"), ("mistral", "prefix"), ("mistral", "prompt"), ("gpt2", "prompt")],
+    [
+        ("llama", "lora"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("llama", "prefix"), ("mistral", "prefix"), ("mistral", "prompt"), ("gpt2", "prompt")]
+        ),
+    ],
 )
 def test_generation_is_greedy_with_adapters(name, kind):
     """Cache, ring and merged weights against whole passes; and logprobs are of the same model."""

@@ -40,6 +40,7 @@ def dry(scripts, tmp_path_factory):
     return status, json.loads(files[0].read_text()), files[1].read_text()
 
 
+@pytest.mark.slow
 def test_a_dry_run_passes_and_leaves_nobody_out(scripts, dry):
     status, report, _ = dry
     _, contenders = scripts
@@ -58,6 +59,7 @@ def test_a_dry_run_passes_and_leaves_nobody_out(scripts, dry):
             assert 0 < max(row["errors"].values()) < 2e-2
 
 
+@pytest.mark.slow
 def test_jaxlm_computes_every_case_of_the_dry_run(dry):
     """With its portable implementations; what needs a GPU says so."""
     for row in dry[1]["rows"]:
@@ -67,6 +69,7 @@ def test_jaxlm_computes_every_case_of_the_dry_run(dry):
             assert row["why"] == "needs an NVIDIA GPU, the platform is 'cpu'"
 
 
+@pytest.mark.slow
 def test_the_table_names_all_rows(dry):
     _, report, text = dry
     lines = text.splitlines()

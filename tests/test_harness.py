@@ -89,6 +89,7 @@ def test_rolling_predicts_each_token_once_with_as_much_context_as_fits(model, ad
     assert adapter.loglikelihood_rolling(requests((text,), ("other",)))[0] == pytest.approx(want, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_generate_until(model, adapter):
     prompts = ["abc", "defg", "a context that is longer than what fits"]
     options = {"max_gen_toks": 8, "until": []}

@@ -16,6 +16,7 @@ def make(tie: bool, **more) -> jaxlm.Model:
     return jaxlm.init(CONFIG | {"tie_word_embeddings": tie, "num_hidden_layers": 2} | more, key=jax.random.key(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 def test_growing_keeps_old_logits_and_round_trips(tie, tmp_path):
     model = make(tie)

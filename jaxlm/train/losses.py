@@ -123,6 +123,7 @@ def _chunks(spec: CrossEntropy, hidden, w, targets, weights, gradients: bool):
     (b, t, d), v = hidden.shape, w.shape[0]
     chunk = min(spec.chunk or max(1, _CHUNK // (b * v)), t)
     n = -(-t // chunk)
+    chunk = -(-t // n)  # as equal as can be: what is left over is padded, and computed for nothing
     cut = lambda a: jnp.moveaxis(
         jnp.pad(a, ((0, 0), (0, n * chunk - t)) + ((0, 0),) * (a.ndim - 2)).reshape(b, n, chunk, *a.shape[2:]), 1, 0
     )

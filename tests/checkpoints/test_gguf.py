@@ -19,6 +19,7 @@ def scalar(field) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
+@pytest.mark.slow
 def test_header_equals_gguf_reader(smollm2_gguf):
     file, reader = GgufFile(smollm2_gguf), GGUFReader(smollm2_gguf)
     expected = {key: scalar(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}

@@ -105,6 +105,7 @@ def test_smollm2_round_trip(smollm2):
             assert ours.decode(tokens) == text
 
 
+@pytest.mark.slow
 def test_gemma3_round_trip(gemma3):
     _, ours = gemma3
     strings = texts(10_000, added(ours), seed=1)
@@ -170,6 +171,7 @@ def sentencepiece_model(tokens, scores, kinds, unknown: int, prefix: bool) -> by
     )
 
 
+@pytest.mark.slow
 def test_gemma3_equals_sentencepiece(gemma3):
     metadata, ours = gemma3
     kinds = metadata["tokenizer.ggml.token_type"].tolist()

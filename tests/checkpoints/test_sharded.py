@@ -82,6 +82,7 @@ def test_init_does_not_depend_on_the_mesh():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_computes_what_it_does_on_one_device():
     one, many = (made("dense", mesh) for mesh in (None, "fsdp=4,tensor=2"))
     tokens = np.random.default_rng(0).integers(0, 64, (3, 9))

@@ -101,6 +101,7 @@ def test_a_template_that_rewrites_the_past_is_followed(tiny):
     assert conversation.ask("c") == model.tokenizer("3abxc")["input_ids"]
 
 
+@pytest.mark.slow
 def test_system_message_and_reset(talk, tiny):
     model = jaxlm.load(tiny)
     want = expected(model, "abc", system="S")[0] + "\n"
@@ -116,6 +117,7 @@ def test_help_and_an_unknown_command_at_a_prompt(terminal):
     assert "6 new" in err
 
 
+@pytest.mark.slow
 def test_interrupting_an_answer_keeps_what_was_said(terminal, monkeypatch):
     whole, calls, seen = Session.answer, [], []
 

@@ -35,6 +35,7 @@ def test_stop_strings(cli, tiny, model):
     assert cli("generate", tiny, *args)[:2] == (0, whole[: whole.index(whole[3:5])] + "\n")
 
 
+@pytest.mark.slow
 def test_samples(cli, tiny, model):
     options = {"max_new_tokens": 6, "temperature": 1.5, "seed": 3}
     expected = model.generate("abc", samples=2, **options)
@@ -44,6 +45,7 @@ def test_samples(cli, tiny, model):
     assert "--- 1 of 2: 6 tokens" in err and re.search(r"10 new tokens at [\d.]+/s", err)
 
 
+@pytest.mark.slow
 def test_seed_and_standard_input(cli, tiny, monkeypatch):
     def run(seed: int) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO("abc"))

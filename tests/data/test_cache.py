@@ -63,6 +63,7 @@ def test_large_vocabularies_need_four_bytes(tmp_path):
     assert cache(tmp_path / "c", [[65_536]])[0][0].tolist() == [65_536]
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(place):
     prepare(config(place), place / "one")
     prepare(config(place), place / "two", workers=2)

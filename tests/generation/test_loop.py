@@ -54,12 +54,14 @@ def test_rows_end_at_eos_and_are_padded(model):
     assert alone.shape[1] == list(free[0]).index(eos) + 1
 
 
+@pytest.mark.slow
 def test_seed_decides_and_temperature_spreads(model):
     draw = lambda seed, t=1.5: model.generate(PROMPTS, max_new_tokens=8, temperature=t, seed=seed).tolist()
     assert draw(1) == draw(1) and draw(1) != draw(2)
     assert draw(1, 1e-4) == model.generate(PROMPTS, max_new_tokens=8, temperature=0).tolist()
 
 
+@pytest.mark.slow
 def test_repetition_penalty_counts_the_prompt_and_not_its_padding(model):
     """A huge penalty forbids every token seen so far; token 0, which fills the ragged batch, stays allowed."""
     got = model.generate(PROMPTS, max_new_tokens=12, temperature=0, repetition_penalty=1e9)
@@ -75,6 +77,7 @@ def greedy_plan(model, **room):
     return Plan(**functions, sampling=Sampling(temperature=0.0), eos=(), pad=0, **room)
 
 
+@pytest.mark.slow
 def test_token_by_token_gives_the_same_tokens(model):
     plan = greedy_plan(model, capacity=7, length=14)
     want = model.generate(PROMPTS[:1], max_new_tokens=7, temperature=0)[0].tolist()
@@ -111,6 +114,7 @@ def test_extend_continues_a_cache(model):
     np.testing.assert_allclose(whole["logprobs"], parts["logprobs"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_of_one_prompt(model):
     got = model.generate(PROMPTS, max_new_tokens=6, temperature=1.0, samples=3, seed=5)
     assert got.shape == (3, 3, 6)
@@ -120,6 +124,7 @@ def test_samples_of_one_prompt(model):
     assert greedy[:, 0].tolist() == greedy[:, 1].tolist() == alone.tolist()
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_whole_sequence(model):
     made = model.generate(PROMPTS, max_new_tokens=6, temperature=0.7, seed=2, details=True)
     for one, prompt in zip(made, PROMPTS, strict=True):

@@ -128,6 +128,7 @@ def test_nan_stays_in_its_row():
     assert np.isfinite(out).all()
 
 
+@pytest.mark.slow
 def test_splits_over_the_mesh():
     q, k, v = inputs(b=4, n=4, kh=2)
     sinks = jnp.asarray([0.1, 0.2, 0.3, 0.4])

@@ -19,8 +19,16 @@ from tests.kernels.suite import IMPLEMENTATIONS, check
 PORTABLE = {"decode", "xla", "reference"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+# The others are slow: seconds each of the kernels in the interpreter, half a second of the portable ones.
+QUICK = ("causal", "ragged", "segments", "k_valid", "sinks", "table", "table-holes", "bfloat16", "one-query", "all")
+
+
+def marked(implementation, case):
+    marks = () if str(case) in QUICK else pytest.mark.slow
+    return pytest.param(implementation, case, id=f"{implementation}-{case}", marks=marks)
+
+
+@pytest.mark.parametrize(("implementation", "case"), [marked(i, c) for i in IMPLEMENTATIONS for c in CASES])
 def test_suite(implementation, case):
     check(implementation, case)
 
@@ -230,6 +238,7 @@ def test_inside_of_shard_map(run, t):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), both(split), both(local))
 
 
+@pytest.mark.slow
 def test_maps_over_examples():
     q, k = normal(3, 1, 20, 2, 8), normal(3, 1, 20, 1, 8)
     pos = jnp.arange(20)[None] - jnp.asarray([0, 3, 7])[:, None, None]

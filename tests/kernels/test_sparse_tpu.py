@@ -102,6 +102,7 @@ def test_tables_scan_over_layers():
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_splits_over_the_mesh():
     table = drawn(4, 4, 2, 4, 64)
     make = lambda n, seed: jnp.asarray(np.random.default_rng(seed).standard_normal((2, 256, n, 64)), jnp.float32)

@@ -37,6 +37,7 @@ def test_without_adapters_nothing_of_them_runs(name, monkeypatch):
 # How layers run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "remat"), [("llama-dora", "dots"), ("phi3", "full"), ("qwen3_moe", "full")])
 def test_remat_gives_the_same_gradients(case, remat):
     name = case.split("-")[0]

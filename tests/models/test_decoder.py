@@ -50,7 +50,7 @@ def model(hf=TINY, **changes):
     return jaxlm.init(hf | changes, key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("hf", [TINY, GEMMA], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("hf", [TINY, pytest.param(GEMMA, marks=pytest.mark.slow)], ids=["llama", "gemma3"])
 def test_program_does_not_grow_with_depth(hf):
     """HLO of 2, 8 and 32 layers within 10 %, forward and gradient (compile time: scripts/bench_compile.py)."""
     sizes = []

@@ -71,6 +71,7 @@ def test_what_does_not_fit_is_dropped(preset, rows, lengths):
     assert dropped == sum(count for _, count in parts) > 0
 
 
+@pytest.mark.slow
 def test_the_model_says_what_was_dropped():
     config, params = model("moe")
     tokens = batch()["tokens"]

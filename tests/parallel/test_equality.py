@@ -113,7 +113,12 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "preset", "runtime"), TABLE, ids=lambda x: x if isinstance(x, str) else "")
+# Slow are those whose axes come together in another one.
+SUBSUMED = {"data=8", "fsdp=8", "data=2,fsdp=4", "data=4,tensor=2", "sequence=8", "expert=4", "expert=8", "pipe=2"}
+MARKED = [pytest.param(*row, marks=pytest.mark.slow if row[1] in SUBSUMED else ()) for row in TABLE]
+
+
+@pytest.mark.parametrize(("name", "preset", "runtime"), MARKED, ids=lambda x: x if isinstance(x, str) else "")
 def test_equals_one_device(name, preset, runtime):
     assert_equal(loss_and_gradients(name, preset, runtime), alone(name))
 

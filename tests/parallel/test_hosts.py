@@ -120,6 +120,7 @@ def interrupted(ground, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_load_compute_and_save_as_one(interrupted):
     model = jaxlm.load(interrupted / "source")
     reports = [json.loads((interrupted / f"report-{i}.json").read_text()) for i in range(2)]
@@ -139,6 +140,7 @@ def resumed(ground, interrupted, tmp_path):
     return settings(ground, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(ground, interrupted, alone, tmp_path):
     chosen = resumed(ground, interrupted, tmp_path)
     assert len(losses(tmp_path / "run")) == 2  # written once, not by both

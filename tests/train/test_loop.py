@@ -117,6 +117,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ground, tmp_path):
         ][-1]
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_last_evaluation_loses_nothing(ground, tmp_path):
     """Between two logs, with a trace running; the next run makes the evaluation and ends as if nothing had been."""
     more = {"steps": 6, "eval_every": 0, "profile": [2, 3]}
@@ -185,6 +186,7 @@ def test_patience_ends_a_run_for_good(ground, tmp_path):
     assert (again.ended, again.step) == ("patience", 3)
 
 
+@pytest.mark.slow
 def test_the_rate_falls_on_a_plateau(ground, tmp_path):
     optim = {"rate": 1e-2, "schedule": "reduce_on_plateau", "plateau_patience": 0, "plateau_factor": 0.5}
     chosen = config(ground, tmp_path, optim=optim, eval_every=1, log_every=1, steps=4, min_delta=100.0)
@@ -227,6 +229,7 @@ def wait_for(what, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits(ground, tmp_path):
     long = config(ground, tmp_path / "run", steps=100_000, eval_every=0, log_every=1)
     process = begin(long, tmp_path / "run.yaml")
@@ -344,6 +347,7 @@ def test_the_command(ground, tmp_path, capsys):
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter", [{"kind": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}, {"kind": "prompt", "tokens": 3}]
 )
@@ -408,6 +412,7 @@ def test_resumed_on_another_mesh_and_converted(ground, tmp_path):
     assert json.loads((tmp_path / "converted/config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_a_part_is_converted_with_the_rest(ground, tmp_path, capsys):
     jaxlm.init(CONFIG, key=jax.random.key(1)).save(tmp_path / "base")
     some = {"model": str(tmp_path / "base"), "steps": 1, "eval_every": 0, "accumulate": 1, "log_every": 1}

@@ -156,6 +156,7 @@ def test_frozen_leaves_have_no_gradient_and_no_state(config):
         init_state(values, optimizer, jax.random.key(0), trainable=("params/layer/*",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_optimizers_learn(config, name):
     """Each overfits one batch, with decay and a rate of its own for the embedding."""
@@ -246,6 +247,7 @@ def test_loss_scale_follows_deepspeed():
     assert scale.scale == 2 and scale.patience == 2
 
 
+@pytest.mark.slow
 def test_float16_with_a_scale_learns(config):
     settings = Optimizer(rate=0.02, schedule=CONSTANT)
     optimizer = settings.make()

@@ -98,7 +98,11 @@ def assert_equal(got, want):
 
 @pytest.mark.parametrize(
     ("preset", "zero", "accumulate"),
-    [("data=8", 1, 2), ("data=8", 2, 2), ("data=8", 3, 2), ("data=2,fsdp=4", 2, 2), ("data=8", 2, 1)],
+    [
+        *(pytest.param("data=8", zero, 2, marks=pytest.mark.slow) for zero in (1, 2, 3)),
+        ("data=2,fsdp=4", 2, 2),
+        pytest.param("data=8", 2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_stages_equal_one_device(preset, zero, accumulate):
     assert_equal(run(preset, accumulate, zero=zero), alone(accumulate))
@@ -138,6 +142,7 @@ def test_the_state_stays_where_it_was():
     assert moment.addressable_shards[0].data.size == moment.size // 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "zero", "offload"),
     [("data=8", 0, ("optimizer",)), ("data=2,fsdp=4", 1, ("optimizer", "params"))],
