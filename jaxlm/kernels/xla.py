@@ -53,8 +53,8 @@ def xla(q, k, v, mask, *, scale, return_lse=False, block_q=None, block_k=None, *
 def gradients_xla(q, k, v, mask, out, lse, d_out, d_lse, *, scale, softcap=None, **features):
     """As kernels.attention.gradients has it, of a Mask: probabilities follow from the log-sum-exp of all keys."""
     (b, t, n, _), s = q.shape, k.shape[1]
-    blocks = {"block_q": _block(t, b * n), "block_k": _block(s, b * n)}
-    spec = Spec(mask=mask, scale=float(scale), softcap=softcap, rate=0.0, queries=t, **blocks)
+    block_q, block_k = _block(t, b * n), _block(s, b * n)
+    spec = Spec(mask=mask, block_q=block_q, block_k=block_k, scale=float(scale), softcap=softcap, rate=0.0, queries=t)
     smooth, rest = split_smooth(vary_alike({"q": q, "k": k, "v": v, **features}))
     return _backward(spec, (smooth, rest, out, lse, None), (d_out, d_lse))[0]
 
