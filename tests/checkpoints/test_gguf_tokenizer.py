@@ -54,6 +54,7 @@ def theirs(path, name: str):
 # The real files
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_smollm2_equals_transformers(smollm2, smollm2_gguf):
     _, ours = smollm2

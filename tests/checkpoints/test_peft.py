@@ -139,6 +139,7 @@ def close(got, want, tolerance=2e-6):
     assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_adapters_of_peft(case, tmp_path):
     """Theirs in ours; what we write back has the same tensors, and gives peft the same logits."""

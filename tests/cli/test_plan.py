@@ -24,6 +24,7 @@ def test_what_does_not_fit_exits_with_1(cli, tiny):
     assert code == 1 and "DOES NOT FIT" in out
 
 
+@pytest.mark.slow
 def test_auto_proposes_and_shows_progress(cli, tiny):
     args = ("plan", tiny, "--topology", "v5e:1x2", "--auto", "--estimate", "--seq", "64")
     code, out, err = cli(*args)

@@ -200,6 +200,7 @@ def find(case_id: str):
     return case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case_id", "mistake"), [m[1:] for m in MISTAKES], ids=[f"{m[0]}-{m[1]}" for m in MISTAKES])
 def test_mistake_is_caught(case_id, mistake):
     case = find(case_id)

@@ -141,6 +141,7 @@ def test_router_loss_equals_transformers(case):
     assert aux["router_loss"] == pytest.approx(want.router_loss(), rel=1e-5)
 
 
+@pytest.mark.slow
 @every_family
 def test_gradients_equal_torch(case, tmp_path):
     """Of a summed cross-entropy, for every stored tensor: both gradients go through `save` under the tensors' names."""

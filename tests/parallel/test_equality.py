@@ -144,6 +144,7 @@ def decoded(name: str, preset: str | None) -> list[np.ndarray]:
         return jax.device_get(jax.jit(run)(jax.device_put(params, placed), place_batch({"t": tokens}, mesh)["t"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "preset"),
     [
