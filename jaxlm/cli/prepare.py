@@ -91,7 +91,13 @@ def prepare(
             step(done, total)
 
         cache = work.prepare(config, target, workers=workers, overwrite=overwrite, progress=told)
-    header, rows = cache.header, cache.header.rows
+    _report(cache.header, target, times[-1] - times[0] if times else None)
+    return 0
+
+
+def _report(header: Any, target: str, seconds: float | None) -> None:
+    """What the cache holds, and how fast it was made, unless it was there."""
+    rows, said = header.rows, "is up to date"
     out.print(
         facts(
             [
@@ -103,13 +109,10 @@ def prepare(
         ),
         highlight=False,
     )
-    said = "is up to date"
-    if times:
-        seconds = times[-1] - times[0]
+    if seconds is not None:
         rows_a_second, tokens_a_second = (count(int(n / seconds)) for n in (rows["read"], header.tokens))
         said = f"{seconds:.1f} s, {rows_a_second} rows/s, {tokens_a_second} tokens/s"
     err.print(f"{target}: {said}", highlight=False, soft_wrap=True)
-    return 0
 
 
 def left_out(rows: dict[str, int], target: str) -> list[tuple[str, str]]:

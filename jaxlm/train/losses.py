@@ -28,7 +28,8 @@ class CrossEntropy:
     """How to compute the loss; static.
 
     smoothing: share of the target's mass spread over the vocabulary. z: weight of the squared log-normaliser (PaLM,
-    section 5). chunk: positions of a row at a time, 0 to choose. scale and softcap are those of the model's head.
+    section 5). chunk: positions of a row at a time, at most; 0 to choose. scale and softcap are those of the model's
+    head.
     """
 
     smoothing: float = 0.0
@@ -84,12 +85,12 @@ def _run(how: CrossEntropy, hidden, table, targets, weights, gradients: bool):
     """
     rows, over = rows_over(hidden.shape)
     w = table.astype(hidden.dtype)
-    n = sizes()
+    axes = sizes()
     # Where both pipe and tensor cut, XLA's partitioner fails on a region (a check in spmd_partitioner_util.cc).
-    if not over or (n.get("pipe", 1) > 1 and n.get("tensor", 1) > 1):
+    if not over or (axes.get("pipe", 1) > 1 and axes.get("tensor", 1) > 1):
         out, made = _chunks(how, hidden, w, targets, weights, gradients)
         return out, made and (made[0], made[1].astype(table.dtype))
-    cut = "fsdp" if "fsdp" in over and table.shape[1] % sizes()["fsdp"] == 0 else None
+    cut = "fsdp" if "fsdp" in over and table.shape[1] % axes["fsdp"] == 0 else None
     rest = tuple(axis for axis in over if axis != cut)
 
     def local(hidden, w, targets, weights):

@@ -26,7 +26,7 @@ def test_what_does_not_fit_exits_with_1(cli, tiny):
 
 @pytest.mark.slow
 def test_auto_proposes_and_shows_progress(cli, tiny):
-    args = ("plan", tiny, "--topology", "v5e:1x2", "--auto", "--estimate", "--seq", "64")
+    args = ("plan", tiny, "--topology", "v5e:2x2", "--auto", "--estimate", "--seq", "64")
     code, out, err = cli(*args)
     assert code == 0 and out.startswith("--mesh ") and "--remat none" in out and "trying 1 of at most 6" in err
 

@@ -47,7 +47,10 @@ def alone():
     return run(None)
 
 
-@pytest.mark.parametrize("preset", ["data=2,fsdp=4", pytest.param("data=4,fsdp=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "preset",
+    ["data=2,fsdp=4", *(pytest.param(p, marks=pytest.mark.slow) for p in ("data=8", "fsdp=8", "data=4,fsdp=2"))],
+)
 def test_equals_one_device(preset, alone):
     losses, state = run(preset)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
