@@ -169,7 +169,13 @@ def _contract_forward(eqn, reduce, out, stored, x, w):
 def _contract_backward(eqn, reduce, out, stored, residuals, g):
     (x, w), (of_x, of_w, of_y) = residuals, eqn.replace("->", ",").split(",")
     dx = _product(f"{of_y},{of_w}->{of_x}", g, w, x.dtype, jnp.float32).astype(x.dtype)
-    of_weight = lambda x, g: _product(f"{of_x},{of_y}->{of_w}", x, g, x.dtype, jnp.dtype(reduce))
+
+    def of_weight(x: Array, g: Array) -> Array:
+        eqn = f"{of_x},{of_y}->{of_w}"
+        if of_x.startswith("BT"):  # as one axis: XLA on CPU copies x, transposed, to sum over two
+            eqn, x, g = eqn.replace("BT", "B"), *(a.reshape(-1, *a.shape[2:]) for a in (x, g))
+        return _product(eqn, x, g, x.dtype, jnp.dtype(reduce))
+
     made = sum_rows(of_weight, (x, g), of_w.find("D")) if of_x.startswith("BT") else of_weight(x, g)
     return dx, made.astype(stored)
 

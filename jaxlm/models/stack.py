@@ -6,6 +6,7 @@ by one, unrolled, which a CPU needs to read weights where they lie instead of co
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def run(
     `depth` is a traced int; `state` is None without a cache; `extra` is a dict of arrays. `remat` wraps the block
     (jax.checkpoint with a policy). Returns the stream, the new cache and the extras of each run.
     """
-    step_block = remat(block, static_argnums=(0,)) if remat else block
+    step_block = _of_stack(block, is_unrolled(params), remat)
     seen_group = dict.fromkeys((layer.group for layer in layers), 0)
     seen_state = dict.fromkeys((layer.state for layer in layers), 0)
     held = None if cache is None else dict(cache)
@@ -83,6 +84,25 @@ def run(
     return x, held, extras
 
 
+def _of_stack(block: Callable, unrolled: bool, remat: Callable | None) -> Callable:
+    """block(kind, stack, index, ...), whose backward pass takes a layer's weights from their stack once more.
+
+    What is differentiated without this keeps them: a second copy of all the weights.
+    """
+    if unrolled:
+        apply = remat(block, static_argnums=(0,)) if remat else block
+        return lambda kind, stack, i, *rest: apply(kind, _take(stack, i), *rest)
+    apply = lambda kind, stack, i, *rest: block(kind, _take(stack, i), *rest)
+    return (remat or _KEEP_ALL)(apply, static_argnums=(0,))
+
+
+def _but_slices(primitive, *_, **__) -> bool:
+    return primitive not in (jax.lax.dynamic_slice_p, jax.lax.squeeze_p)
+
+
+_KEEP_ALL = functools.partial(jax.checkpoint, prevent_cse=False, policy=_but_slices)
+
+
 def _period_step(block, period, params, group0, state0, depth0, given):
     """One scan step: the layers of a period. Stacks are indexed here, inside the step: slicing a stack outside the
     scan would copy those weights every call."""
@@ -100,7 +120,7 @@ def _period_step(block, period, params, group0, state0, depth0, given):
             in_state[layer.state] += 1
             state = None if cache is None else _take(cache[layer.state], s)
             depth = depth0 + r * len(period) + i
-            x, state, extra = block(layer.kind, _take(params[layer.group], g), x, state, depth, *given)
+            x, state, extra = block(layer.kind, params[layer.group], g, x, state, depth, *given)
             if cache is not None:
                 cache = cache | {layer.state: _put(cache[layer.state], s, state)}
             ys.append(extra)

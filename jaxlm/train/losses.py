@@ -137,8 +137,9 @@ def _chunks(spec: CrossEntropy, hidden, w, targets, weights, gradients: bool):
         if not gradients:
             return (sums, dtable), None
         h, g = piece[0], g.astype(hidden.dtype)
+        rows = lambda a: a.reshape(-1, a.shape[-1])  # as one axis: XLA on CPU copies g, transposed, to sum over two
         product = functools.partial(jnp.einsum, precision=precision(h.dtype), preferred_element_type=jnp.float32)
-        return (sums, dtable + product("BTV,BTD->VD", g, h)), product("BTV,VD->BTD", g, w).astype(h.dtype)
+        return (sums, dtable + product("BV,BD->VD", rows(g), rows(h))), product("BTV,VD->BTD", g, w).astype(h.dtype)
 
     zero = {"loss": 0.0, "nll": 0.0, "z": 0.0, "correct": 0.0}
     start = jax.tree.map(jnp.float32, zero), jnp.zeros((v, d) if gradients else (), jnp.float32)
@@ -163,7 +164,9 @@ def _chunk(spec: CrossEntropy, w: Array, h: Array, y: Array, weight: Array) -> t
         logits = spec.softcap * jnp.tanh(logits / spec.softcap)
     v, smoothing = logits.shape[-1], spec.smoothing
     top = logits.max(-1, keepdims=True)
-    lse = (jnp.log(jnp.exp(logits - top).sum(-1, keepdims=True)) + top)[..., 0]
+    odds = jnp.exp(logits - top)
+    mass = odds.sum(-1)
+    lse = jnp.log(mass) + top[..., 0]
     picked = jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
     nll = lse - picked
     z = spec.z * lse**2
@@ -173,7 +176,7 @@ def _chunk(spec: CrossEntropy, w: Array, h: Array, y: Array, weight: Array) -> t
     total = lambda x: (x * weight).sum()
     sums = {"loss": total(loss), "nll": total(nll), "z": total(z), "correct": total(picked >= top[..., 0])}
     at_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == y[..., None]
-    g = jnp.exp(logits - lse[..., None]) * (1 + 2 * spec.z * lse)[..., None]
+    g = odds * ((1 + 2 * spec.z * lse) / mass)[..., None]
     g = g - jnp.where(at_target, 1 - smoothing, 0) - smoothing / v
     if spec.softcap is not None:
         g = g * (1 - (logits / spec.softcap) ** 2)
