@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.call import Call, device, dropout_seed, vary_alike
@@ -125,7 +126,8 @@ def _forward(spec: Spec, smooth: dict, rest: dict):
         i, j = tiles.pair(steps[0], at)
         return tiles.forward(carry, i, j, predicated)
 
-    out, lse = tiles.finish(_loops(step, tiles.start(), *steps[1:]))
+    # Named, so that a remat policy may keep them: without them the backward pass does all of this again.
+    out, lse = (checkpoint_name(x, "attention") for x in tiles.finish(_loops(step, tiles.start(), *steps[1:])))
     # Steps found when running are kept; those known when tracing are not, so that they stay known.
     return (out, lse), (smooth, rest, out, lse, steps if _hides(tiles) else None)
 

@@ -32,7 +32,12 @@ REMAT = {
     "none": None,
     "full": functools.partial(jax.checkpoint, prevent_cse=False),
     "dots": functools.partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names("attention"),
+        ),
     ),
 }
 
