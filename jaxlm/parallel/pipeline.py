@@ -76,7 +76,7 @@ class Pipeline:
         by_row = [not _is_key(leaf) and leaf.ndim > 0 and leaf.shape[0] == len(x) for leaf in leaves]
         leaves = [_cut(leaf, m) if rows else leaf for leaf, rows in zip(leaves, by_row, strict=True)]
         depths: list[np.ndarray] = []
-        if remat is None and self.repeats > 1:
+        if remat is None:
             remat = functools.partial(jax.checkpoint, prevent_cse=False, policy=_computed)
 
         def of(leaf: Array, rows: bool, i: Array) -> Array:

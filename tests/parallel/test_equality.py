@@ -118,7 +118,17 @@ TABLE = [
 
 
 # Slow are those whose axes come together in another one, and more devices than experts.
-SUBSUMED = {"data=8", "fsdp=8", "data=2,fsdp=4", "data=4,tensor=2", "sequence=8", "expert=4", "expert=8", "pipe=2"}
+SUBSUMED = {
+    "data=8",
+    "fsdp=8",
+    "data=2,fsdp=4",
+    "data=4,tensor=2",
+    "sequence=8",
+    "expert=4",
+    "expert=8",
+    "pipe=2",
+    "pipe=4",
+}
 MARKED = [pytest.param(*row, marks=pytest.mark.slow if row[1] in SUBSUMED else ()) for row in TABLE]
 
 

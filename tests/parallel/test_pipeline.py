@@ -50,7 +50,7 @@ def test_repeats_equal_the_loop_over_layers(stages, repeats, m):
 
     def block(kind, p, x, state, depth, given):
         y = jnp.sin(x) * p["w"] if kind == "a" else jnp.cos(x) + p["w"] * x
-        return y + given[:, None, None] * (depth + 1), state, {"total": x.sum(), kind: p["w"] * depth}
+        return y + given[:, None, None] * (depth + 1) / 9, state, {"total": jnp.sin(x).sum(), kind: p["w"] * depth}
 
     def both(pipeline, w, x):
         params = {"one": {"w": w[::2]}, "two": {"w": w[1::2]}}
@@ -66,7 +66,7 @@ def test_repeats_equal_the_loop_over_layers(stages, repeats, m):
     with jax.set_mesh(make_mesh(f"pipe={stages}", jax.devices()[:stages])):
         got = jax.jit(lambda: values(Pipeline(m, repeats)))()
     want = (want[0], want[1] | {name: m * want[1][name] for name in "ab"})  # summed over micro-batches
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), got, want)
 
 
 def test_deals_are_matchings():
@@ -142,8 +142,8 @@ def test_steps_and_what_they_keep(repeats, remat):
     schedules = [eqn for eqn in found if eqn.params["length"] == steps]
     assert len(schedules) == 2
     for eqn in schedules:
-        for out in eqn.outvars[eqn.params["num_carry"] :]:
-            assert out.aval.shape[0] == steps and out.aval.shape[-2:] != (width, width)
+        kept = [out.aval.shape for out in eqn.outvars if out.aval.shape[:1] == (steps,)]
+        assert not [shape for shape in kept if shape[-2:] == (width, width)]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %loop = (s32[], f32[8,16]) while(%tuple), condition=%cond, body=%body
   %fused = f32[8,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %scattered = f32[8]{0} reduce-scatter(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, to_apply=%add
+  %kept = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1},{2,2},{3,3},{4,4},{5,5},{6,6},{7,7}}
+  %crossed = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,5},{5,1},{2,2},{3,3},{4,4},{6,6},{7,7}}
   ROOT %sum = (f32[], f32[8]{0}) all-reduce(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
 }
 """  # noqa: E501
@@ -112,7 +114,8 @@ def test_collectives_are_read_with_their_axes_and_the_trips_of_loops():
     assert at("reduce-scatter", "fsdp") == (1, 1, 32 * 16 * 4 * 3 / 4)  # a fusion, as TPUs have it
     assert at("reduce-scatter", "data") == (1, 1, 64 / 2)
     assert at("all-reduce", "data", "fsdp") == (1, 1, 2 * 36 * 7 / 8)
-    assert len(found) == 6
+    assert at("collective-permute", "data") == (1, 1, 32)  # the one that leaves everything where it is does not count
+    assert len(found) == 7
 
 
 # FLOPs
