@@ -5,9 +5,9 @@ the ring of stages v times (arXiv 2104.04473, section 2.2; MaxText's circular pi
 chunk each, all m micro-batches have seen all chunks, and a stage has idled in P - 1 of them.
 
 The stacks stay as they are stored: cut on their first axis, a device holds successive layers. For v > 1 these move to
-their stages when a pass begins: all but 1 / P of each device's weights cross its links once a pass, and their gradients
-once back, beside v times the activations; a device holds its weights in both orders. The axes other than `pipe` stay
-automatic, so that everything else composes with it. Plain differentiation: the backward pass runs the schedule in
+their stages when a pass begins: most of a device's weights cross its links once, and their gradients once back, beside
+v times the activations; while the layers run, a device holds its weights in both orders. The axes other than `pipe`
+stay automatic, so that everything else composes with it. Plain differentiation: the backward pass runs the schedule in
 reverse. Embedding and head are outside; the stages share out the rows of the head.
 """
 

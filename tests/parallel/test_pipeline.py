@@ -42,8 +42,8 @@ def test_equals_the_loop_over_layers(m):
 
 @pytest.mark.parametrize(("stages", "repeats", "m"), [(4, 2, 4), (4, 2, 6), (2, 3, 3), (2, 2, 2)])
 def test_repeats_equal_the_loop_over_layers(stages, repeats, m):
-    """With gradients, in chunks of two layers, each of its own kind and stack."""
-    layers = (Layer("a", "one", "s"), Layer("b", "two", "s")) * (stages * repeats)
+    """With gradients, in chunks of two layers of one kind and stack, and one of another."""
+    layers = (*(Layer("a", "one", "s"),) * 2, Layer("b", "two", "s")) * (stages * repeats)
     x, ct = jax.random.normal(jax.random.key(0), (2, 12, 3, 1))
     w = jnp.linspace(0.5, 1.5, len(layers))
     given = (jnp.arange(len(x)) / 7,)
@@ -53,7 +53,7 @@ def test_repeats_equal_the_loop_over_layers(stages, repeats, m):
         return y + given[:, None, None] * (depth + 1) / 9, state, {"total": jnp.sin(x).sum(), kind: p["w"] * depth}
 
     def both(pipeline, w, x):
-        params = {"one": {"w": w[::2]}, "two": {"w": w[1::2]}}
+        params = {"one": {"w": w.reshape(-1, 3)[:, :2].ravel()}, "two": {"w": w[2::3]}}
         y, _, extras = pipeline(block, layers, params, x, given=given)
         return (y * ct).sum() + jnp.square(stack.collect(extras, "total")).sum(), extras
 
