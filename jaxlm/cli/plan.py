@@ -32,6 +32,8 @@ def plan(
         "bfloat16"
     ),
     optimizer: Annotated[str, Option(help="as in a training run's settings")] = "adamw",
+    microbatches: Annotated[int, Option(help="of a pipeline, over pipe in the mesh; 0 to choose")] = 0,
+    pipe_repeats: Annotated[int, Option(help="how often they go round its stages")] = 1,
     auto: Annotated[bool, Option(help="look for the fastest preset and remat policy that fit")] = False,
     tries: Annotated[int, Option(help="compilations that --auto may make")] = 6,
     estimate: Annotated[bool, Option(help="by formulas, without compiling")] = False,
@@ -45,6 +47,7 @@ def plan(
     Example: jaxlm plan config.json --topology v5p:4x4x4 --mesh fsdp=64 --batch 64 --seq 8192
     """
     from jaxlm.models.registry import family
+    from jaxlm.parallel.mesh import parse_preset
     from jaxlm.parallel.topology import parse_topology
 
     if train and serve:
@@ -54,13 +57,16 @@ def plan(
     fam = family(model_type)
     wanted = Wanted(
         fam, fam.config(hf_config, ignore_fields), where, mesh or f"fsdp={where.size}", batch or where.size, seq,
-        serve, remat, precision, optimizer,
+        serve, remat, precision, optimizer, microbatches, pipe_repeats,
     )  # fmt: skip
     if auto and serve:
         raise ValueError("--auto chooses how to train; with --serve give a mesh")
     if not where.chip.is_tpu and not estimate:
         err.print(f"{where.chip.name}: an estimate, as only TPUs can be compiled for")
         estimate = True
+    no_pipeline = serve or estimate or auto or parse_preset(wanted.mesh).get("pipe", 1) == 1
+    if no_pipeline and (microbatches, pipe_repeats) != (0, 1):
+        raise ValueError("--microbatches, --pipe-repeats: of a pipeline that trains on TPUs, over pipe=N in --mesh")
     if auto:
         return _auto(wanted, tries, estimate)
     plans = wanted.estimates() if estimate else wanted.compiled()
@@ -85,6 +91,8 @@ class Wanted:
     remat: str
     precision: str
     optimizer: str
+    microbatches: int = 0
+    repeats: int = 1
 
     def programs(self) -> list[Any]:
         """Functions from a mesh to a program."""
@@ -99,8 +107,10 @@ class Wanted:
     def training(self) -> Any:
         from jaxlm.train.program import Training
 
-        shared = {"family": self.family, "config": self.config, "batch": self.batch, "seq": self.seq}
-        return Training(**shared, remat=self.remat, precision=self.precision, optimizer=self.optimizer)
+        return Training(
+            family=self.family, config=self.config, batch=self.batch, seq=self.seq, remat=self.remat,
+            precision=self.precision, optimizer=self.optimizer, microbatches=self.microbatches, repeats=self.repeats,
+        )  # fmt: skip
 
     def compiled(self) -> list[Any]:
         from jaxlm.parallel.plan import compile_plan

@@ -157,8 +157,9 @@ def _axes(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], in
 
 def _group(line: str, devices: int) -> list[int]:
     """The devices of one group of a collective, in any of the notations of HLO."""
-    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-        return [int(match[1]), int(match[2])]
+    if match := re.search(r"source_target_pairs=\{([{\d,}]*)\}", line):
+        pairs = re.findall(r"\{(\d+),(\d+)\}", match[0])
+        return next(([int(a), int(b)] for a, b in pairs if a != b), [0])  # what stays where it is is copied
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return [int(i) for i in match[1].split(",")]
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):

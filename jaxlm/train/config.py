@@ -90,8 +90,10 @@ class TrainConfig:
     host memory between updates. reduce_dtype: in which the layers' gradients are summed over devices. adapter: {"kind":
     "lora", "prefix" or "prompt"} and the settings of that method; then nothing else trains, and the adapter is exported
     beside the model. attention: an implementation, None to choose; over a mesh's axis sequence that is "ring" or
-    "all_to_all". microbatches: how many a pipeline over the axis pipe makes of its rows, 0 to choose. expert_capacity:
-    rows that an expert takes, as a multiple of an even share, the rest is dropped and counted; 0 drops nothing.
+    "all_to_all". microbatches: how many a pipeline over the axis pipe makes of its rows, 0 to choose. pipe_repeats: how
+    often these go round its stages; above 1 idles less, and moves the weights over the links (parallel/pipeline.py).
+    expert_capacity: rows that an expert takes, as a multiple of an even share, the rest is dropped and counted; 0 drops
+    nothing.
     """
 
     model: str
@@ -110,6 +112,7 @@ class TrainConfig:
     remat: str = "none"
     attention: str | None = None
     microbatches: int = 0
+    pipe_repeats: int = 1
     expert_capacity: float = 0.0
     accumulate: int = 1
     steps: int = 0
@@ -139,7 +142,7 @@ class TrainConfig:
             raise ValueError(f"reduce_dtype={self.reduce_dtype!r} is for precision={self.reduce_dtype!r}")
         if self.zero and self.mesh is None:
             raise ValueError(f"zero={self.zero} cuts over the mesh's axis data, and there is no mesh")
-        for name in ("accumulate", "log_every", "keep"):
+        for name in ("accumulate", "log_every", "keep", "pipe_repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         counts = ("steps", "eval_every", "save_every", "eval_batches", "patience", "microbatches", "expert_capacity")

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxlm.models.decoder import Runtime
 from jaxlm.models.registry import Family
 from jaxlm.parallel.flops import flops_of
+from jaxlm.parallel.pipeline import Pipeline
 from jaxlm.parallel.plan import Program, place
 from jaxlm.parallel.sharding import batch_shardings
 from jaxlm.train.objectives import Objective, causal_lm
@@ -25,7 +26,7 @@ FIELDS = ("tokens", "targets", "segments", "positions")  # of a packed batch
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """What is trained: `batch` rows of `seq` packed tokens over all devices, float32 weights, computed in `precision`
-    under a remat policy."""
+    under a remat policy; over the axis pipe, by a pipeline of these microbatches and repeats."""
 
     family: Family
     config: Any
@@ -35,9 +36,16 @@ class Training:
     precision: str = "bfloat16"
     attention: str | None = None
     optimizer: str = "adamw"
+    microbatches: int = 0
+    repeats: int = 1
 
     def objective(self, remat: str | None = None) -> Objective:
-        runtime = Runtime(dtype=self.precision, attention=self.attention, remat=remat or self.remat)
+        runtime = Runtime(
+            dtype=self.precision,
+            attention=self.attention,
+            remat=remat or self.remat,
+            layers=Pipeline(self.microbatches, self.repeats),
+        )
         return Objective(backbone=self.family.backbone, config=self.config, runtime=runtime)
 
     def abstract(self) -> tuple[Any, Optimizer, TrainState, dict[str, jax.ShapeDtypeStruct]]:

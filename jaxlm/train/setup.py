@@ -173,17 +173,20 @@ def _runtime(config: TrainConfig, model: Any) -> Runtime:
     lengths = config.data.buckets if config.data.mode == "bucket" else (config.data.seq_len,)
     if uncut := [length for length in lengths if length % sequence]:
         raise ValueError(f"mesh={config.mesh!r}: sequences of {uncut[0]} tokens do not split over sequence={sequence}")
-    if len(model.kinds) % pipe:
-        raise ValueError(f"mesh={config.mesh!r}: {len(model.kinds)} layers do not split over pipe={pipe}")
-    if config.microbatches and pipe == 1:
-        raise ValueError(f"microbatches={config.microbatches} are a pipeline's, and mesh={config.mesh!r} has no pipe")
+    repeats = config.pipe_repeats
+    if len(model.kinds) % (pipe * repeats):
+        over = f"pipe={pipe}" + (f" with pipe_repeats={repeats}" if repeats > 1 else "")
+        raise ValueError(f"mesh={config.mesh!r}: {len(model.kinds)} layers do not split over {over}")
+    if (config.microbatches or repeats > 1) and pipe == 1:
+        given = f"microbatches={config.microbatches} are" if config.microbatches else f"pipe_repeats={repeats} are"
+        raise ValueError(f"{given} a pipeline's, and mesh={config.mesh!r} has no pipe")
     return Runtime(
         dtype=config.precision,
         attention=config.attention,
         remat=config.remat,
         expert_capacity=config.expert_capacity or None,
         reduce_dtype=config.reduce_dtype,
-        layers=Pipeline(config.microbatches) if pipe > 1 else None,
+        layers=Pipeline(config.microbatches, repeats) if pipe > 1 else None,
     )
 
 

@@ -39,6 +39,11 @@ def test_auto_proposes_and_shows_progress(cli, tiny):
         (("--topology", "h100:8", "--mesh", "fsdp=4", "--estimate"), "is for 4 devices; there are 8"),
         (("--topology", "v5e:2x2", "--serve", "--auto"), "--auto chooses how to train"),
         (("--topology", "h100:8", "--batch", "6", "--estimate"), "6 rows do not divide over 8 devices"),
+        (
+            ("--topology", "v5e:2x2", "--pipe-repeats", "2"),
+            "--pipe-repeats: of a pipeline that trains on TPUs, over pipe",
+        ),
+        (("--topology", "h100:8", "--mesh", "pipe=8", "--microbatches", "8"), "--microbatches, --pipe-repeats: of a"),
     ],
 )
 def test_refusals(cli, tiny, args, message):

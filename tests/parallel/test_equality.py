@@ -27,10 +27,10 @@ DENSE = _COMMON | {"model_type": "llama", "intermediate_size": 48}
 MOE = _COMMON | {
     "model_type": "qwen3_moe", "moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 4,
     "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "num_hidden_layers": 2, "sliding_window": None, "use_sliding_window": False, "attention_bias": False,
+    "sliding_window": None, "use_sliding_window": False, "attention_bias": False,
     "tie_word_embeddings": False, "rope_theta": 10000.0,
 }  # fmt: skip
-CONFIGS = {"dense": DENSE, "moe": MOE}
+CONFIGS = {"dense": DENSE, "deep": DENSE | {"num_hidden_layers": 12}, "moe": MOE}
 ROWS, LENGTH = 8, 16
 PLAIN = Runtime()
 
@@ -110,11 +110,25 @@ TABLE = [
     ("dense", "pipe=2,tensor=2,fsdp=2", PIPELINE),
     ("dense", "pipe=2,sequence=2,data=2", PIPELINE),
     ("moe", "pipe=2,expert=2,fsdp=2", PIPELINE),
+    ("deep", "pipe=2", Runtime(layers=Pipeline(2, repeats=2))),
+    ("deep", "pipe=4", Runtime(layers=Pipeline(repeats=3), remat="full")),
+    ("deep", "pipe=2,fsdp=2", Runtime(layers=Pipeline(repeats=3))),
+    ("moe", "pipe=2,expert=2,fsdp=2", Runtime(layers=Pipeline(repeats=2))),
 ]
 
 
 # Slow are those whose axes come together in another one, and more devices than experts.
-SUBSUMED = {"data=8", "fsdp=8", "data=2,fsdp=4", "data=4,tensor=2", "sequence=8", "expert=4", "expert=8", "pipe=2"}
+SUBSUMED = {
+    "data=8",
+    "fsdp=8",
+    "data=2,fsdp=4",
+    "data=4,tensor=2",
+    "sequence=8",
+    "expert=4",
+    "expert=8",
+    "pipe=2",
+    "pipe=4",
+}
 MARKED = [pytest.param(*row, marks=pytest.mark.slow if row[1] in SUBSUMED else ()) for row in TABLE]
 
 

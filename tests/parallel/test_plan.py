@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.models.registry import family
 from jaxlm.parallel import topology
 from jaxlm.parallel.collectives import KINDS, read_collectives, totals
-from jaxlm.parallel.estimate import largest_layer, zero2, zero3
+from jaxlm.parallel.estimate import estimate_plan, largest_layer, zero2, zero3
 from jaxlm.parallel.flops import count_flops
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.parallel.plan import Plan, Times, compile_plan, needed, out_of_memory
+from jaxlm.parallel.pipeline import Pipeline
+from jaxlm.parallel.plan import Plan, Program, Times, compile_plan, needed, out_of_memory
 from jaxlm.parallel.reduce import stages, sum_scatter
 from jaxlm.parallel.search import cheapest, choices, rank
 from jaxlm.parallel.topology import parse_topology
@@ -97,7 +99,11 @@ HLO = """HloModule step
 ENTRY %main (a: f32[8]) -> f32[8] {
   %loop = (s32[], f32[8,16]) while(%tuple), condition=%cond, body=%body
   %fused = f32[8,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %begun = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}
+  %again = (s32[]) call(%t), to_apply=%innermost
   %scattered = f32[8]{0} reduce-scatter(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, to_apply=%add
+  %kept = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1},{2,2},{3,3},{4,4},{5,5},{6,6},{7,7}}
+  %crossed = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,5},{5,1},{2,2},{3,3},{4,4},{6,6},{7,7}}
   ROOT %sum = (f32[], f32[8]{0}) all-reduce(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
 }
 """  # noqa: E501
@@ -107,12 +113,14 @@ def test_collectives_are_read_with_their_axes_and_the_trips_of_loops():
     found = {(t.kind, t.axes): t for t in totals(read_collectives(HLO, {"data": 2, "fsdp": 4}))}
     at = lambda kind, *axes: (found[kind, axes].count, found[kind, axes].runs, found[kind, axes].moved)
     assert at("all-gather", "fsdp") == (1, 5, 5 * 64 * 16 * 2 * 3 / 4)
+    assert at("all-gather", "data") == (1, 1, 16 / 2)  # of its operand and its result
     assert at("collective-permute", "fsdp") == (1, 5, 5 * 16)
-    assert at("all-to-all", "data") == (1, 15, 15 * 128 / 2)
+    assert at("all-to-all", "data") == (1, 16, 16 * 128 / 2)  # three times five, and once more
     assert at("reduce-scatter", "fsdp") == (1, 1, 32 * 16 * 4 * 3 / 4)  # a fusion, as TPUs have it
     assert at("reduce-scatter", "data") == (1, 1, 64 / 2)
     assert at("all-reduce", "data", "fsdp") == (1, 1, 2 * 36 * 7 / 8)
-    assert len(found) == 6
+    assert at("collective-permute", "data") == (1, 1, 32)  # the one that leaves everything where it is does not count
+    assert len(found) == 8
 
 
 # FLOPs
@@ -136,7 +144,14 @@ def test_flops_of_loops_remat_branches_and_shards():
     unknown = jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x))(x)
     assert count_flops(unknown).unknown == 1
     ragged = jax.lax.ragged_dot
-    assert count(ragged, x, jnp.zeros((3, 8, 8)), jnp.array([1, 1, 2])) == one
+    experts, rows = jnp.zeros((3, 8, 8)), jnp.array([1, 1, 2])
+    assert count(ragged, x, experts, rows) == one
+    assert count(jax.grad(lambda x, w: jnp.square(ragged(x, w, rows)).sum(), (0, 1)), x, experts) == 3 * one
+    image, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert count(convolve, image, kernel) == 2 * (8 * 8 * 5) * (3 * 3 * 3)
 
 
 def test_flops_of_a_training_step_are_those_of_its_weights():
@@ -146,6 +161,9 @@ def test_flops_of_a_training_step_are_those_of_its_weights():
     products = 6 * 3 * 128 * (4 * layer + 512 * 512)
     attention = 3 * 4 * (4 + 10) * 128 * 128 * 64 * 4  # one tile, all of it
     assert work.model_flops() == pytest.approx(products + attention, rel=1e-3)
+    assert work.objective().runtime.layers == Pipeline() and dataclasses.replace(
+        work, microbatches=4, repeats=2
+    ).objective().runtime.layers == Pipeline(4, repeats=2)
     # Full remat keeps each layer's input, beside what the head and the embedding keep.
     kept = dataclasses.replace(work, remat="full").activations()
     assert 4 * 128 * 512 * 2 <= kept < 3 * 4 * 128 * 512 * 2 < work.activations()
@@ -180,6 +198,31 @@ def test_zero_2():
 def test_the_largest_layer():
     shapes = {"embed/w": (10, 4), "layers/attn/q/w": (100, 4, 5), "layers/attn/q/b": (100, 25)}
     assert largest_layer(shapes) == 45
+
+
+@pytest.mark.parametrize(
+    ("remat", "gathers", "passes"), [(None, 1, 1), ("none", 2, 2), ("full", 3, 3)], ids=["serve", "none", "full"]
+)
+def test_an_estimate_by_hand(remat, gathers, passes):
+    def make(mesh):
+        at = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+        x, w = at((16, 64), ("data", "fsdp")), at((64, 32), "fsdp", "tensor")
+        return Program("step", jax.jit(jnp.dot), (x, w), {"parameters": w, "batch": x}, 1.0, tokens=128)
+
+    there = parse_topology("h100:8")
+    plan = estimate_plan(
+        make, there, "data=2,fsdp=2,tensor=2", activations=100, rows=8, width=16, layers=3, remat=remat
+    )
+    weights = 64 * 32
+    assert plan.bytes == {"parameters": 4 * weights // 4, "batch": 4 * 16 * 64 // 4}
+    assert plan.temporaries == 100 * 8 // 4 + (0 if remat is None else plan.bytes["parameters"])
+    assert plan.peak == plan.arguments + plan.temporaries and plan.fits and plan.is_estimate
+    assert plan.flops.total == 2 * 16 * 64 * 32 / 8
+    held, branch = 2 * weights / 2, 2 * 128 * 16 / 4  # in 2-byte numbers, cut by tensor; rows cut by data and fsdp
+    want = {("all-gather", "fsdp"): gathers * held / 2, ("all-reduce", "tensor"): 2 * 3 * passes * branch}
+    if remat is not None:
+        want |= {("reduce-scatter", "fsdp"): held / 2, ("all-reduce", "data"): held / 2}
+    assert {(t.kind, *t.axes): t.moved for t in plan.collectives} == want
 
 
 # Sums of which each device keeps a part

@@ -1,6 +1,7 @@
 """Meshes and shardings: what a preset means, and what is refused."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -8,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.models import decoder
 from jaxlm.models.registry import family
 from jaxlm.parallel.mesh import AXES, abstract_mesh, make_mesh, parse_preset
-from jaxlm.parallel.sharding import RULES, SPREAD, batch_shardings, shardings, spec
+from jaxlm.parallel.sharding import RULES, SPREAD, batch_shardings, constrain, everywhere, shardings, spec
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -84,6 +85,14 @@ def test_every_parameter_of_a_model_has_a_sharding():
     assert cut["embed"]["w"] == cut["layers"]["attn"]["q"]["w"] == cut["layers"]["mlp"]["down"]["w"] == 1 / 8
     _, whole = shardings(decoder.logical_axes(config), shapes, make_mesh("tensor=8"))
     assert {(r.path, r.axis, r.size) for r in whole} >= {("layers/attn/k/w", "kv_heads", 2), ("embed/w", "vocab", 61)}
+
+
+def test_activations_are_laid_out_by_their_axes():
+    x, lay = jnp.zeros((8, 6, 3)), jax.jit(lambda x: constrain(x, "batch", "length", "mlp"))
+    assert len(lay(x).sharding.device_set) == 1
+    with jax.set_mesh(make_mesh("data=2,fsdp=2,sequence=2")):
+        assert lay(x).addressable_shards[0].data.shape == (2, 3, 3)
+        assert everywhere({"x": lay(x)})["x"].sharding.is_fully_replicated
 
 
 def test_batches():

@@ -3,15 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.models import decoder
 from jaxlm.models.registry import family
+from jaxlm.parallel import hosts
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.parallel.sharding import Replicated
 from jaxlm.train.objectives import Objective, causal_lm
 from jaxlm.train.optimizer import Optimizer
-from jaxlm.train.placement import place_batch, state_shardings
+from jaxlm.train.placement import gradient_shardings, place_batch, state_shardings, within
 from jaxlm.train.schedules import Schedule
 from jaxlm.train.step import init_state, make_train_step
 from tests.parallel.test_sharding import CONFIG
@@ -75,3 +79,40 @@ def test_parameters_and_moments_are_spread():
 def test_factored_moments_stay_whole():
     losses, _ = run("fsdp=8", "adafactor")
     assert np.isfinite(losses).all()
+
+
+def test_frozen_parameters_lie_as_those_that_train():
+    """In host memory too; and what does not divide is listed, once, of frozen ones and of ZeRO's parts too."""
+    width = {"fine": 16, "less": 12, "whole": 6, "frozen": 6}
+    axes = {name: {"w": ("embed", "mlp")} for name in width}
+    optimizer, mesh = (
+        Optimizer(rate=1.0, schedule=Schedule(name="constant", steps=1)).make(),
+        make_mesh("data=2,fsdp=4"),
+    )
+    start = lambda: init_state(
+        {name: {"w": jnp.zeros((n, 2))} for name, n in width.items()}, optimizer, jax.random.key(0),
+        trainable=("fine", "less", "whole"),
+    )  # fmt: skip
+    state, cut = jax.eval_shape(start), lambda name, over: Replicated(f"{name}/w", "embed", width[name], over)
+    placed, whole = state_shardings(state, axes, optimizer, mesh, offload=("params",))
+    assert whole == [cut("whole", 4), cut("frozen", 4)]
+    assert {s.memory_kind for s in jax.tree.leaves((placed.trainable, placed.frozen))} == {"pinned_host"}
+    assert {s.memory_kind for s in jax.tree.leaves(placed.optimizer)} == {"device"}
+    _, whole = state_shardings(state, axes, optimizer, mesh, zero=1)
+    assert whole == [cut("whole", 4), cut("frozen", 4), cut("less", 8), cut("whole", 8)]
+    gradients = gradient_shardings(state, axes, mesh, 1)
+    assert gradients.summed["fine"]["w"].spec == P("fsdp", None)
+    assert gradients.used["fine"]["w"].spec == P(("fsdp", "data"), None)
+
+
+def test_within_a_mesh():
+    inside = lambda: dict(jax.sharding.get_abstract_mesh().shape)
+    assert within(make_mesh("fsdp=8"), inside)()["fsdp"] == 8 and within(None, inside)() == {}
+
+
+def test_the_rows_of_several_hosts(monkeypatch):
+    """Each gives its own, and the whole shape."""
+    monkeypatch.setattr(hosts, "share_of_rows", lambda mesh: (1, 4))
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, rows, shape: (rows.shape, shape))
+    placed = place_batch({"tokens": np.zeros((3, 2, 5))}, make_mesh("fsdp=8"), lead=1)
+    assert placed == {"tokens": ((3, 2, 5), (3, 8, 5))}
