@@ -1,4 +1,4 @@
-"""The TPU kernels of the recurrence in the interpreter, against float64 and with the memory of a TPU; what they refuse."""
+"""The TPU kernels of the recurrence in the interpreter: against float64, with the memory of a TPU, what they refuse."""
 
 import functools
 
@@ -80,7 +80,7 @@ def test_over_a_mesh():
     arrays = arrays_of(Case(("bonus", "resets"), t=20, h=4, k=64, v=64))
     run = functools.partial(recurrence_tpu, chunk=16, interpret=True)
     results, grads = gradients(run, arrays)
-    with jax.set_mesh(make_mesh("fsdp=2,tensor=2")):
+    with jax.set_mesh(make_mesh("fsdp=2,tensor=2", jax.devices()[:4])):
         sharded, sharded_grads = gradients(run, arrays)
     for x, y in zip((*results, *grads.values()), (*sharded, *sharded_grads.values()), strict=True):
         assert error(y, np.asarray(x, np.float64)) < 1e-6
@@ -99,7 +99,7 @@ def test_refusals():
         (why(k=jax.ShapeDtypeStruct((2, 27, 4, 64), jnp.bfloat16)), "throughout, got bfloat16, float32"),
         (why(r=narrow), "as wide as one of .*, got 40 and 64"),
         (why(chunk=8), "16, 32, 64 or 128 tokens at once, got 8"),
-        (why(**odd), "computes 2 heads at once, of these widths, and 3 over 1 devices do not divide"),
+        (why(**odd), "2 heads of 64 keys at once, which do not divide 3 over 1 devices"),
     ]:
         assert reason is not None
         with pytest.raises(ValueError, match=expected):
