@@ -16,9 +16,9 @@ from jaxlm.kernels.recurrence_tpu_kernels import Tile
 from jaxlm.kernels.tpu import VMEM_BYTES, round_up, shard
 
 CHUNK = 64
+GROUPS = 2
 LANES = 128
 WIDTHS = (64, 128, 256)
-FORGETS = -1e4  # as a log_w it leaves nothing, and unlike -inf can be multiplied by 0
 BY_TOKEN = ("r", "k", "v", "log_w", "a", "b")
 
 
@@ -70,10 +70,11 @@ def recurrence_tpu(arrays: dict[str, Array], chunk: int | None = None, interpret
     given, length = dict(arrays), arrays["v"].shape[1]
     static = Static(chunk or min(CHUNK, max(16, 1 << (length - 1).bit_length())), interpret)
     keys = given["r"].shape
-    given["log_w"] = jnp.broadcast_to(jnp.maximum(given["log_w"], FORGETS), keys)
+    given["log_w"] = jnp.broadcast_to(given["log_w"], keys)
     given["state"] = given["state"].astype(jnp.float32).transpose(0, 3, 1, 2)  # [B, V, H, K]
     resets = given.pop("resets", None)
-    out, state = _recur(given, resets, static)
+    both: Any = _recur(given, resets, static)
+    out, state = both
     return out, state.transpose(0, 2, 3, 1)
 
 
@@ -116,8 +117,9 @@ def _sharded(run, arrays, resets, results):
 def _lanes(arrays: dict[str, Array], static: Static) -> tuple[dict[str, Array], Tile, int]:
     """Arrays [B, T, H, K] as [B, tokens, H * K] of whole chunks, the tile, and how many chunks there are."""
     given = {"r" if name == "q" else name: x for name, x in arrays.items()}
-    (_, length, _, keys), values = given["r"].shape, given["v"].shape[3]
-    tile = Tile(static.chunk, tile_heads(keys, values), keys, values)
+    (_, length, count, keys), values = given["r"].shape, given["v"].shape[3]
+    heads = tile_heads(keys, values)
+    tile = Tile(static.chunk, heads, keys, values, groups=1 if count % (GROUPS * heads) else GROUPS)
     padded = round_up(length, tile.tokens)
     if "resets" in given:
         resets = jnp.pad(given.pop("resets"), ((0, 0), (0, padded - length)))
@@ -133,7 +135,8 @@ def _lanes(arrays: dict[str, Array], static: Static) -> tuple[dict[str, Array], 
 
 def _spec(name: str, tile: Tile, at) -> pl.BlockSpec:
     """The block of a step of the grid (example, heads, chunk); `at` says which chunk a step has."""
-    keys, values = tile.heads * tile.keys, tile.heads * tile.values
+    heads = tile.groups * tile.heads
+    keys, values = heads * tile.keys, heads * tile.values
     if name in ("v", "d_out", "out"):
         return pl.BlockSpec((None, tile.tokens, values), lambda b, h, n: (b, at(n), h))
     if name in BY_TOKEN:
@@ -151,15 +154,14 @@ def _spec(name: str, tile: Tile, at) -> pl.BlockSpec:
 def _call(kernel, flat, results: dict[str, Any], tile: Tile, count: int, at, static: Static, flops: int):
     batch, _, width = flat["r"].shape
     names = tuple(sorted(flat))
-    kind = lambda name: {"last": "state", "first": "state"}.get(name, name)
     moved = sum(x.size * x.dtype.itemsize for x in (*flat.values(), *results.values()))
     return pl.pallas_call(
         functools.partial(kernel, tile=tile, names=names),
-        grid=(batch, width // (tile.heads * tile.keys), count),
-        in_specs=[_spec(kind(name), tile, at) for name in names],
-        out_specs=[_spec(kind(name), tile, at) for name in results],
+        grid=(batch, width // (tile.groups * tile.heads * tile.keys), count),
+        in_specs=[_spec(name, tile, at) for name in names],
+        out_specs=[_spec(name, tile, at) for name in results],
         out_shape=list(results.values()),
-        scratch_shapes=[pltpu.VMEM((tile.heads * tile.values, tile.heads * tile.keys), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((tile.groups, tile.heads * tile.values, tile.heads * tile.keys), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),

@@ -11,6 +11,7 @@ The backward kernel takes the gradient of the same function of a chunk, from the
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,25 @@ from jax.experimental import pallas as pl
 from jaxlm.kernels.call import precision
 from jaxlm.kernels.tpu import NN, NT, TN
 
+FORGETS = -1e4  # as a log_w it leaves nothing, and unlike -inf can be multiplied by 0
+THREE = "three products of bfloat16"
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a step of the grid computes: tokens, heads side by side, and the widths of a head."""
+    """What a step of the grid computes: tokens, heads side by side, the widths of a head, and how many such groups of
+    heads, which do not depend on each other: while one waits for the matrix unit, another uses it."""
 
     tokens: int
     heads: int
     keys: int
     values: int
+    groups: int = 1
+
+    def lanes(self, name: str, group: int) -> slice:
+        """Where a group's heads are in the array of that name."""
+        width = self.heads * (self.values if name == "v" else self.keys)
+        return slice(group * width, (group + 1) * width)
 
     def levels(self) -> int:
         return self.tokens.bit_length() - 1
@@ -58,7 +69,9 @@ def chunk(tile: Tile, dtype, sums: Array, segments: Array | None, state: Array, 
     """
     c, heads, delta = tile.tokens, tile.heads, "a" in x
     x = {name: t.astype(jnp.float32) for name, t in x.items()}
-    *levels, until, after = (jnp.exp(d) for d in summed(dtype == jnp.float32, c, sums, x["log_w"]))
+    x["log_w"] = jnp.where(x["log_w"] > FORGETS, x["log_w"], FORGETS)
+    decays: Any = summed(dtype == jnp.float32, c, sums, x["log_w"])
+    *levels, until, after = map(jnp.exp, decays)
     total = jnp.exp(x["log_w"].sum(0, keepdims=True))
     own = x["r"] * x["bonus"] if "bonus" in x else x["r"]
     # A row sees the state before its token's decay; without a bonus, r sees what is after the token.
@@ -76,7 +89,7 @@ def chunk(tile: Tile, dtype, sums: Array, segments: Array | None, state: Array, 
     for level, decay in enumerate(levels):
         found = dot(NT, stack([y * decay for y in rows]), stack([tall(y * decay, of_keys) for y in columns]))
         pairs = jnp.where(((i ^ j) >> level == 1) & (i > j), found, pairs)
-    if segments is not None:
+    if segments is not None and same is not None:
         pairs = jnp.where(same, pairs, 0)
         at = jnp.where(i[:c, :c] == j[:c, :c], segments[:, :c], 0).sum(1, keepdims=True)  # [C, 1]
         last = segments[:, c - 1 : c]
@@ -91,12 +104,16 @@ def chunk(tile: Tile, dtype, sums: Array, segments: Array | None, state: Array, 
     if delta:
         seen = read[1] + dot(NN, by_row[1][0], v)
         own_head = head_lanes(tile, c)
-        solved = inverse(jnp.where(own_head, stack([by_row[1][1]] * heads), 0), c)
+        solved = inverse(dtype, c, jnp.where(own_head, stack([by_row[1][1]] * heads), 0))
         u = dot(NN, solved, tall(seen, of_values))
         out = out + dot(NN, by_row[0][1], u)
-        wrote.append(sum(jnp.split(u, heads, 0)))
+        wrote.append(added_up(jnp.split(u, heads, 0)))
     added = dot(TN, stack(wrote), stack(kept))
     return state * total + jnp.where(of_head(tile, added.shape), added, 0), out
+
+
+def added_up(parts: list[Array]) -> Array:
+    return functools.reduce(jnp.add, parts)
 
 
 def iota(shape, axis) -> Array:
@@ -125,10 +142,22 @@ def pair_indices(tile: Tile, rows: int, columns: int, segments):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(dtype, axes, x: Array, y: Array) -> Array:
-    """Of the operands rounded to the dtype, in float32."""
-    return jax.lax.dot_general(
-        x.astype(dtype), y.astype(dtype), axes, precision=precision(dtype), preferred_element_type=jnp.float32
-    )
+    """Of the operands rounded to the dtype, in float32; THREE is of each as two bfloat16s, without their low parts'."""
+    dot = functools.partial(jax.lax.dot_general, dimension_numbers=axes, preferred_element_type=jnp.float32)
+    if not isinstance(dtype, str):
+        return dot(x.astype(dtype), y.astype(dtype), precision=precision(dtype))
+    (high, low), (more, less) = split(x, 2), split(y, 2)
+    dot = functools.partial(dot, precision=jax.lax.Precision.DEFAULT)
+    return dot(high, more) + (dot(high, less) + dot(low, more))
+
+
+def split(x: Array, count: int) -> list[Array]:
+    """bfloat16s that add up to x, to 8 bits each."""
+    parts = []
+    for _ in range(count):
+        parts.append(x.astype(jnp.bfloat16))
+        x = x - parts[-1].astype(jnp.float32)
+    return parts
 
 
 def _product_forward(dtype, axes, x, y):
@@ -152,12 +181,8 @@ def summed(exact: bool, tokens: int, sums: Array, x: Array) -> list[Array]:
 
 
 def _exactly(exact, axes, sums, x):
-    parts = []
-    for _ in range(3 if exact else 2):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
     dot = functools.partial(jax.lax.dot_general, dimension_numbers=axes, preferred_element_type=jnp.float32)
-    return sum(dot(sums, part, precision=jax.lax.Precision.DEFAULT) for part in parts)
+    return added_up([dot(sums, part, precision=jax.lax.Precision.DEFAULT) for part in split(x, 3 if exact else 2)])
 
 
 def _summed_forward(exact, tokens, sums, x):
@@ -171,26 +196,31 @@ def _summed_backward(exact, tokens, sums, g):
 summed.defvjp(_summed_forward, _summed_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def inverse(x: Array, size: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def inverse(dtype, size: int, x: Array) -> Array:
     """(I - x)^-1 of x block-diagonal in blocks of `size`, strictly lower triangular, as recurrence_xla.inverse."""
+    dot = functools.partial(product, _finer(dtype), NN)
     i, j = iota(x.shape, 0), iota(x.shape, 1)
     found = jnp.where(i == j, 1.0, 0.0)
     for level in range(size.bit_length() - 1):
         across = jnp.where(((i ^ j) >> level == 1) & (i > j), x, 0)
-        more = across if level == 0 else product(jnp.float32, NN, product(jnp.float32, NN, found, across), found)
-        found = found + more
+        found = found + (across if level == 0 else dot(dot(found, across), found))
     return found
 
 
-def _inverse_forward(x, size):
-    found = inverse(x, size)
+def _finer(dtype):
+    """What products of products are computed in, where those of inputs are of the dtype."""
+    return jnp.float32 if dtype == jnp.float32 else THREE
+
+
+def _inverse_forward(dtype, size, x):
+    found = inverse(dtype, size, x)
     return found, found
 
 
-def _inverse_backward(size, found, g):
+def _inverse_backward(dtype, size, found, g):
     # What is not below the diagonal of a block is masked where x is made.
-    return (product(jnp.float32, TN, found, product(jnp.float32, NT, g, found)),)
+    return (product(_finer(dtype), TN, found, product(_finer(dtype), NT, g, found)),)
 
 
 inverse.defvjp(_inverse_forward, _inverse_backward)
@@ -201,7 +231,7 @@ inverse.defvjp(_inverse_forward, _inverse_backward)
 
 def fold(tile: Tile, state: Array) -> Array:
     """The blocks [V, K] of each head of [heads V, heads K], to [V, heads K]."""
-    return sum(jnp.split(jnp.where(of_head(tile, state.shape), state, 0), tile.heads, 0))
+    return added_up(jnp.split(jnp.where(of_head(tile, state.shape), state, 0), tile.heads, 0))
 
 
 def unfold(tile: Tile, state: Array) -> Array:
@@ -223,18 +253,21 @@ def forward_kernel(*refs, tile: Tile, names: tuple[str, ...], keep: bool):
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state[...] = unfold(tile, ref["state"][...])
+        for group in range(tile.groups):
+            state[group] = unfold(tile, ref["state"][:, tile.lanes("state", group)])
 
-    before = state[...]
-    if keep:
-        kept[0][...] = fold(tile, before)
-    after, values = chunk(tile, *_operands(ref), before, _tokens(ref))
-    out[...] = values.astype(out.dtype)
-    state[...] = after
+    for group in range(tile.groups):
+        before = state[group]
+        if keep:
+            kept[0][:, tile.lanes("state", group)] = fold(tile, before)
+        after, values = chunk(tile, *_operands(ref), before, _tokens(tile, ref, group))
+        out[:, tile.lanes("v", group)] = values.astype(out.dtype)
+        state[group] = after
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        last[...] = fold(tile, after)
+        for group in range(tile.groups):
+            last[:, tile.lanes("state", group)] = fold(tile, state[group])
 
 
 def backward_kernel(*refs, tile: Tile, names: tuple[str, ...], smooth: tuple[str, ...]):
@@ -245,28 +278,34 @@ def backward_kernel(*refs, tile: Tile, names: tuple[str, ...], smooth: tuple[str
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        d_state[...] = unfold(tile, ref["d_last"][...])
+        for group in range(tile.groups):
+            d_state[group] = unfold(tile, ref["d_last"][:, tile.lanes("state", group)])
 
     run = functools.partial(chunk, tile, *_operands(ref))
-    _, pull = jax.vjp(run, unfold(tile, ref["kept"][...]), _tokens(ref))
-    d_before, d_tokens = pull((d_state[...], ref["d_out"][...].astype(jnp.float32)))
-    d_state[...] = d_before
-    for name, grad in zip(smooth, grads, strict=True):
-        if name == "bonus":
-            earlier = jnp.where(pl.program_id(2) == 0, jnp.zeros_like(grad[...]), grad[...])
-            grad[...] = earlier + d_tokens[name]
-        else:
-            grad[...] = d_tokens[name].astype(grad.dtype)
+    for group in range(tile.groups):
+        before = unfold(tile, ref["kept"][:, tile.lanes("state", group)])
+        _, pull = jax.vjp(run, before, _tokens(tile, ref, group))
+        d_out = ref["d_out"][:, tile.lanes("v", group)].astype(jnp.float32)
+        d_before, d_tokens = pull((d_state[group], d_out))
+        d_state[group] = d_before
+        for name, grad in zip(smooth, grads, strict=True):
+            at = tile.lanes(name, group)
+            if name == "bonus":  # of all chunks
+                earlier = jnp.where(pl.program_id(2) == 0, jnp.zeros_like(d_tokens[name]), grad[:, at])
+                grad[:, at] = earlier + d_tokens[name]
+            else:
+                grad[:, at] = d_tokens[name].astype(grad.dtype)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        first[...] = fold(tile, d_before)
+        for group in range(tile.groups):
+            first[:, tile.lanes("state", group)] = fold(tile, d_state[group])
 
 
 def _operands(ref):
     return ref["v"].dtype, ref["sums"][...], ref["segments"][...] if "segments" in ref else None
 
 
-def _tokens(ref) -> dict[str, Array]:
+def _tokens(tile: Tile, ref, group: int) -> dict[str, Array]:
     names = {"r", "k", "v", "log_w", "a", "b", "bonus"} & ref.keys()
-    return {name: ref[name][...] for name in sorted(names)}
+    return {name: ref[name][:, tile.lanes(name, group)] for name in sorted(names)}

@@ -81,4 +81,4 @@ def slope(f: Any, arrays: dict[str, np.ndarray], name: str, direction: np.ndarra
 
 def error(got: Any, want: np.ndarray) -> float:
     """The largest difference, in the largest number expected; NaN where anything is."""
-    return float(np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max())
+    return float(np.abs(np.asarray(got, np.float64) - want).max() / max(np.abs(want).max(), 1e-30))
