@@ -284,7 +284,7 @@ def backward_kernel(*refs, tile: Tile, names: tuple[str, ...], smooth: tuple[str
     run = functools.partial(chunk, tile, *_operands(ref))
     for group in range(tile.groups):
         before = unfold(tile, ref["kept"][:, tile.lanes("state", group)])
-        _, pull = jax.vjp(run, before, _tokens(tile, ref, group))
+        pull = jax.vjp(run, before, _tokens(tile, ref, group))[1]
         d_out = ref["d_out"][:, tile.lanes("v", group)].astype(jnp.float32)
         d_before, d_tokens = pull((d_state[group], d_out))
         d_state[group] = d_before

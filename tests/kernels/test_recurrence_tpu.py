@@ -16,7 +16,7 @@ from tests.kernels.recurrences import Case, error, exact, inputs
 # Two chunks, the second of them ragged; two heads side by side, or one alone.
 CASES = [
     Case(("a", "state", "resets"), t=27, h=4, k=64, v=64),
-    Case(("bonus", "state", "resets"), t=27, h=2, k=64, v=128, b=1),
+    Case(("bonus", "state", "resets"), t=27, h=2, k=64, v=128),
     Case(("a",), decay="scalar", t=27, h=1, k=128, v=128, b=1, repeated=True),
 ]
 
