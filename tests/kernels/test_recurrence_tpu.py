@@ -9,6 +9,8 @@ import pytest
 
 from jaxlm.kernels.recurrence import recurrence, serial
 from jaxlm.kernels.recurrence_tpu import recurrence_tpu, refuses
+from jaxlm.kernels.recurrence_tpu_kernels import THREE, product
+from jaxlm.kernels.tpu import NN
 from jaxlm.parallel.mesh import make_mesh
 from tests.kernels.interpret import STRICT, run_strictly
 from tests.kernels.recurrences import Case, error, exact, inputs
@@ -73,6 +75,13 @@ def test_no_races_and_nothing_unwritten_is_read(which):
         _, want = gradients(serial, arrays)
         assert max(error(grads[name], np.asarray(want[name], np.float64)) for name in want) < 1e-5
     assert not raced
+
+
+def test_three_products_of_bfloat16_are_much_closer_than_one():
+    x, y = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32, 32)), jnp.float32)
+    want = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+    assert error(product(THREE, NN, x, y), want) < 2e-5
+    assert error(product(jnp.bfloat16, NN, x, y), want) > 5e-4
 
 
 def test_over_a_mesh():
