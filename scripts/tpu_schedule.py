@@ -1,11 +1,12 @@
-"""Bundles of the TPU attention kernels per 2048 x 2048 of work, from the compiler's static schedule; no TPU is needed.
+"""Bundles of the TPU kernels per 2048 x 2048 of attention, or 2048 tokens of a recurrence, from the compiler's static
+schedule; no TPU is needed.
 
     python scripts/tpu_schedule.py             compares with the stored numbers; more than 3 % slower is exit code 1
     python scripts/tpu_schedule.py --update    stores what it finds, and measures jax's splash attention beside it
 
-A bundle is one cycle (about 1.75 GHz) if nothing waits for memory. The work is attention of 2048 x 2048 of one head,
-all of it visited: the steps of the grid times the bundles of one, loops times their trips, and what runs once for each
-row of tiles; filling the pipeline is left out, as are branches that do not run.
+A bundle is one cycle (about 1.75 GHz) if nothing waits for memory. The work is that of one head, of attention all of it
+visited: the steps of the grid times the bundles of one, loops times their trips, and what runs once for each row of
+tiles; filling the pipeline is left out, as are branches that do not run.
 """
 
 import argparse
@@ -23,6 +24,7 @@ STORED = ROOT / "docs" / "measurements" / "tpu_schedule.json"
 POINTS = [
     (what, chip, width) for chip in ("v6e", "v5p") for width in (64, 128, 256) for what in ("forward", "backward")
 ]
+POINTS += [(f"recurrence {what}", chip, 64) for chip in ("v6e", "v5p") for what in ("forward", "backward")]
 SIDE = 2048
 ALLOWED = 1.03
 TOKENS = 32768  # with 8 heads, so much that XLA leaves the operands in HBM
@@ -110,6 +112,35 @@ def measure_backward(chip: str, width: int) -> dict:
     return {"bundles": round(bundles), "blocks": [blocks.q, blocks.k, blocks.chunk], **shares(schedule, how)}
 
 
+def recurrence(r, k, v, a, b, log_w):
+    """RWKV-7's form, with its gradient."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.kernels.recurrence import recurrence as recur
+
+    run = lambda r, k, v, a, b, log_w: recur(r, k, v, log_w, a=a, b=b, impl="tpu")[0].astype(jnp.float32).sum()
+    return jax.grad(run, argnums=tuple(range(6)))(r, k, v, a, b, log_w)
+
+
+def measure_recurrence(chip: str, width: int, kernel: str) -> dict:
+    """Of the steps between the first chunk, which reads a state, and the last, which writes one."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.kernels.recurrence_tpu import CHUNK, GROUPS, tile_heads
+
+    arrays = [jax.ShapeDtypeStruct(s.shape, x) for s in shapes(width)[:1] for x in [jnp.bfloat16] * 5 + [jnp.float32]]
+    (schedule,) = aot.schedule(recurrence, *arrays, chip=chip, kernel=f"{kernel}_recurrence").values()
+    (grid,) = [loop for loop in schedule.loops if loop.is_grid]
+    size = grid.stop - grid.start
+    rare = [c for c in schedule.conditions(1) if grid.start <= c[0] and c[1] <= grid.stop and c[1] - c[0] < size / 4]
+    how = {"skip": (*rare, (0, grid.start), (grid.stop, len(schedule.used)))}
+    heads = GROUPS * tile_heads(width, width)
+    bundles = schedule.bundles(**how) * SIDE / (CHUNK * heads)
+    return {"bundles": round(bundles), "blocks": [CHUNK, heads], **shares(schedule, how)}
+
+
 def measure_splash(what: str, chip: str, width: int, fused: bool = False) -> int | None:
     """Bundles of jax's splash attention; None where it does not compile with these blocks."""
     compute = 512 if chip == "v6e" else 256  # more does not fit v5p's default share of VMEM
@@ -121,6 +152,14 @@ def measure_splash(what: str, chip: str, width: int, fused: bool = False) -> int
         return None
     kept = {name: s for name, s in found.items() if ("fwd" in name) == (what == "forward") and "splash" in name}
     return sum(s.bundles() for s in kept.values())
+
+
+MEASURES = {
+    "forward": measure_forward,
+    "backward": measure_backward,
+    "recurrence forward": functools.partial(measure_recurrence, kernel="forward"),
+    "recurrence backward": functools.partial(measure_recurrence, kernel="backward"),
+}
 
 
 def shares(schedule: aot.Schedule, how: dict) -> dict:
@@ -138,9 +177,9 @@ def main() -> None:
         name = f"{what} {chip} {width}"
         if chosen.only not in name:
             continue
-        found = (measure_forward if what == "forward" else measure_backward)(chip, width)
+        found = MEASURES[what](chip, width)
         before = stored.get(name, {})
-        for key in ("splash", "splash_fused") if what == "backward" else ("splash",):
+        for key in {"forward": ("splash",), "backward": ("splash", "splash_fused")}.get(what, ()):
             fused = key == "splash_fused"
             found[key] = measure_splash(what, chip, width, fused) if chosen.update else before.get(key)
         print(name, found, f"stored {before.get('bundles')}", flush=True)
