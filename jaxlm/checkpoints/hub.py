@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-_NO_REPO = re.compile(r"--|\.\.|[.-](/|$)|\.(git|gguf)$")  # not allowed on the hub; and a .gguf file is a path
+_NO_REPO = re.compile(
+    r"--|\.\.|[.-](/|$)|\.(git|gguf|pth)$"
+)  # not allowed on the hub; and a .gguf or .pth file is a path
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _TIMEOUT = 10  # seconds for the first answer, as huggingface_hub waits for its own
 

@@ -95,6 +95,7 @@ def examine(source: Source, names: Names, *, where: str, buffers: Sequence[str] 
         tensors=dict(source.tensors),
         buffers={name: source.read(name) for name in kept},
         aliases=copies,
+        keeps_dtypes=getattr(source, "keeps_dtypes", False),
         index=getattr(source, "index", None),
     )
 
@@ -102,11 +103,11 @@ def examine(source: Source, names: Names, *, where: str, buffers: Sequence[str] 
 def streamed(
     source: Source, names: Names, manifest: Manifest, dtype: str | None
 ) -> tuple[dict[str, tuple[np.dtype, Shape]], Callable[[str], np.ndarray]]:
-    """`stored` for a source that is written as it is read, without parameters between; safetensors keep their dtypes,
-    anything else is float32."""
+    """`stored` for a source that is written as it is read, without parameters between; what was not stored as it is
+    (GGUF) is float32."""
 
     def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
-        own = source.tensors[name].dtype if manifest.files else np.dtype(np.float32)
+        own = source.tensors[name].dtype if manifest.keeps_dtypes else np.dtype(np.float32)
         return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
 
     specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
@@ -122,7 +123,7 @@ def stored(
     """
 
     def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
-        own = manifest.tensors[name].dtype if manifest and manifest.files else arrays[binding.paths[0]].dtype
+        own = manifest.tensors[name].dtype if manifest and manifest.keeps_dtypes else arrays[binding.paths[0]].dtype
         return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
 
     specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
