@@ -41,7 +41,8 @@ def load(
     attention: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """A model from a checkpoint directory (config.json and safetensors), a .gguf file, or "org/name" on the hub.
+    """A model from a checkpoint directory (config.json and safetensors), a file (.gguf; .pth of RWKV), or "org/name" on
+    the hub.
 
     For the hub, where no directory has that name: revision, a branch, tag or commit; token, default HF_TOKEN;
     cache_dir, default huggingface_hub's; local_files_only=True makes no request. A path takes none of these.
@@ -141,7 +142,7 @@ def convert(
 ) -> None:
     """Any source that `load` takes, and a training run, written as `Model.save` writes it; one tensor in memory.
 
-    dtype None gives every tensor of safetensors back in its own, bit for bit; of anything else, in float32.
+    dtype None gives every tensor of safetensors and .pth back in its own, bit for bit; of anything else, in float32.
     """
     inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
     opened = open_checkpoint(source)

@@ -205,6 +205,8 @@ def _open_pth(path: Path) -> Opened:
     from jaxlm.checkpoints import rwkv_pth, rwkv_tokenizer
     from jaxlm.checkpoints.pth import PthSource
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     config = rwkv_pth.read_config(path)
     size = config["vocab_size"]
     return Opened(

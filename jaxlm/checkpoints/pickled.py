@@ -8,7 +8,7 @@ for any amount of memory. This one knows the opcodes that torch.save writes (pro
 import dataclasses
 import math
 import pickletools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -70,11 +70,18 @@ class _Global:
 def unpickle(raw: bytes) -> Any:
     """What the pickle holds: dicts, lists, tuples, numbers, strings and `Tensor`s. ValueError for anything else."""
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(raw):
-        if opcode.name == "STOP":
+    for opcode, argument in _operations(raw):
+        if opcode == "STOP":
             return machine.pop()
-        machine.step(opcode.name, argument)
+        machine.step(opcode, argument)
     raise ValueError("the pickle does not end")
+
+
+def _operations(raw: bytes) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(raw))
+    except ValueError as problem:
+        raise ValueError(f"the pickle is damaged: {problem}") from None
 
 
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}

@@ -95,8 +95,6 @@ def _table(file: io.FileIO) -> tuple[dict[str, pickled.Tensor], dict[str, int]]:
         raise ValueError(
             f"a zip archive without a data.pkl, so torch.save did not write it; it holds {len(records)} files"
         )
-    if f"{folder}constants.pkl" in records:
-        raise ValueError("a TorchScript archive, which holds a program; save the model's state_dict() with torch.save")
     if f"{folder}byteorder" in records and (order := _read(file, records[f"{folder}byteorder"], 16)) != b"little":
         raise ValueError(f"its numbers are stored in {order!r} byte order; only little-endian files are read")
     content = pickled.unpickle(_read(file, records[f"{folder}data.pkl"], _MAX_PICKLE))
@@ -148,6 +146,8 @@ def _records(file: io.FileIO) -> dict[str, tuple[int, int]]:
     # All that zipfile is known to raise for a damaged directory.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error) as error:
         raise ValueError(f"truncated or damaged: its zip directory cannot be read ({error})") from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise ValueError("a TorchScript archive, which holds a program; save the model's state_dict() with torch.save")
     places: dict[str, tuple[int, int]] = {}
     for entry in entries:
         if entry.filename in places:

@@ -16,7 +16,9 @@ Option = functools.partial(tyro.conf.arg, help_behavior_hint="")
 Dtype = Literal["float32", "bfloat16", "float16"] | None
 Source = Annotated[
     str,
-    tyro.conf.arg(metavar="SOURCE", help="a checkpoint's directory, a .gguf file, or org/name on the Hugging Face hub"),
+    tyro.conf.arg(
+        metavar="SOURCE", help="a checkpoint's directory, a .gguf or .pth file, or org/name on the Hugging Face hub"
+    ),
 ]
 IgnoreFields = Annotated[
     tuple[str, ...],

@@ -18,9 +18,9 @@ def convert(
 ) -> int:
     """Writes a checkpoint as Hugging Face safetensors with its config, tokenizer and template files.
 
-    Without --dtype a safetensors checkpoint comes out bit for bit; a GGUF file is dequantized to float32. The directory
-    of a `jaxlm train` run is its last checkpoint, RUN/checkpoints/STEP an earlier one. One tensor is in memory at a
-    time.
+    Without --dtype the tensors of safetensors and .pth come out bit for bit; a GGUF file is dequantized to float32. The
+    directory of a `jaxlm train` run is its last checkpoint, RUN/checkpoints/STEP an earlier one. One tensor is in
+    memory at a time.
 
     Example: jaxlm convert SmolLM2.gguf SmolLM2-bf16 --dtype bfloat16
     """

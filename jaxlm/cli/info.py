@@ -50,6 +50,8 @@ def info(
     try:
         if isinstance(checkpoint, GgufSource):
             stored, text = gguf_tensors(checkpoint.file), gguf_tokenizer(checkpoint.file.metadata)
+        elif opened.directory is None:
+            stored, text = tensors(checkpoint), pth_tokenizer(Path(opened.where), opened.hf_config["vocab_size"])
         else:
             stored, text = tensors(checkpoint), tokenizer(Path(source))
         placed = None if mesh is None else place(fam, config, checkpoint, mesh, dtype)
@@ -107,7 +109,7 @@ def describe(kind: Any) -> str:
 
 
 def tensors(source) -> Stored:
-    """What a safetensors checkpoint stores."""
+    """What a safetensors or .pth checkpoint stores."""
     return {
         name: (t.dtype.name, tuple(t.shape), t.dtype.itemsize * math.prod(t.shape), t.file)
         for name, t in source.tensors.items()
@@ -152,6 +154,16 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> str:
         f"{len(metadata['tokenizer.ggml.tokens']):,} tokens",
     ]
     return ", ".join(words + ["chat template"] * ("tokenizer.chat_template" in metadata))
+
+
+def pth_tokenizer(path: Path, vocab_size: int) -> str:
+    """Where the tokenizer of a .pth file would come from."""
+    from jaxlm.checkpoints.rwkv_tokenizer import locate
+
+    try:
+        return str(locate(path.parent, vocab_size))
+    except FileNotFoundError:
+        return "none"
 
 
 def by_type(stored: Stored) -> Table:
