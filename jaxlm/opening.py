@@ -23,7 +23,7 @@ class Opened:
     generation_config: dict[str, Any]
     source: Callable[[], Source]
     tokenizer: Callable[[], Any]
-    directory: Path | None  # None for a file, .gguf or .pth
+    directory: Path | None  # with the tokenizer's files; None where there are none, as beside a .gguf or .pth
 
     @property
     def model_type(self) -> str:
@@ -31,13 +31,22 @@ class Opened:
             raise ValueError(f"{self.where}: config.json has no 'model_type', which names the architecture")
         return self.hf_config["model_type"]
 
+    def with_tokenizer(self, source: str | Path | None) -> "Opened":
+        """The same with the tokenizer of another source, or of a file (`jaxlm.data.prepare.load_tokenizer`)."""
+        if source is None:
+            return self
+        from jaxlm.data.prepare import load_tokenizer
+
+        made = load_tokenizer(str(source))
+        return dataclasses.replace(self, tokenizer=lambda: made, directory=None)
+
     def write_tokenizer(self, directory: Path) -> None:
         """Copies the tokenizer's files, or writes those that a .gguf or .pth file's tokenizer has as a directory."""
         if self.directory is None:
             try:
                 made = self.tokenizer()
             except FileNotFoundError as absent:  # a .pth file holds none
-                log.warning("%s is written without a tokenizer: %s", directory, absent)
+                log.warning("no tokenizer is written: %s", absent)
             else:
                 made.save_pretrained(directory)
             return

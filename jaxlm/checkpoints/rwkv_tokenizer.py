@@ -34,10 +34,13 @@ def locate(directory: Path, vocab_size: int) -> Path:
     for place in (spec and spec.submodule_search_locations) or ():
         if vocab_size >= _WORLD_IDS and (Path(place) / WORLD).is_file():
             return Path(place) / WORLD
-    wanted = f"{WORLD} there, or install the package that has it (pip install --no-deps rwkv)"
+    wanted = (
+        f"{WORLD} there, install the package that has it (pip install --no-deps rwkv), or name it: --tokenizer PATH"
+    )
     if vocab_size < _WORLD_IDS:
         wanted = (
-            f"{PILE} or another tokenizer.json there ({WORLD} is for vocabularies of 65536, and this has {vocab_size})"
+            f"{PILE} or another tokenizer.json there, or name it: --tokenizer PATH ({WORLD} is for vocabularies of "
+            f"65536, and this has {vocab_size})"
         )
     raise FileNotFoundError(f"{directory} has no tokenizer for this model: put {wanted}")
 

@@ -162,12 +162,24 @@ def test_tokenizer_beside_the_file(tmp_path, caplog):
     (tmp_path / "out").mkdir()
     with caplog.at_level(logging.WARNING):
         opened.write_tokenizer(tmp_path / "out")
-    assert "is written without a tokenizer" in caplog.text and not list((tmp_path / "out").iterdir())
+    assert "no tokenizer is written: " in caplog.text and not list((tmp_path / "out").iterdir())
     write_vocabulary(tmp_path)
     assert opened.tokenizer()("abc")["input_ids"] == [258]
     opened.write_tokenizer(tmp_path / "out")
     (tmp_path / "out" / "config.json").write_text(json.dumps(CONFIGS["6"]))
     assert open_checkpoint(tmp_path / "out").tokenizer()("abc")["input_ids"] == [258]
+
+
+def test_a_named_tokenizer(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    opened = open_checkpoint(save(tmp_path)).with_tokenizer(write_vocabulary(tmp_path / "elsewhere"))
+    assert opened.tokenizer()("abc")["input_ids"] == [258]
+    opened.write_tokenizer(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert open_checkpoint(save(tmp_path)).with_tokenizer(tmp_path / "out").tokenizer()("abc")["input_ids"] == [258]
+    with pytest.raises(FileNotFoundError, match="absent"):
+        opened.with_tokenizer(tmp_path / "absent")
 
 
 def test_vocabulary_in_a_directory_of_the_hub(tmp_path):
