@@ -136,7 +136,7 @@ def _open_directory(path: Path, where: str) -> Opened:
         return SafetensorsSource(path) if pth is None else PthSource(pth)
 
     def tokenizer():
-        if rwkv and not (path / "tokenizer.json").is_file():
+        if rwkv:
             return rwkv_tokenizer.load(rwkv_tokenizer.locate(path, config["vocab_size"]), config["vocab_size"])
         from transformers import AutoTokenizer
 

@@ -57,11 +57,14 @@ def load(path: Path, vocab_size: int | None = None) -> "PreTrainedTokenizerFast"
 def _json(path: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    if (path.parent / "tokenizer_config.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
-    made = PreTrainedTokenizerFast(tokenizer_file=str(path), **_SHAPE)
+    if path.name == "tokenizer.json":
+        # Not AutoTokenizer, which warns of model types that transformers does not have.
+        made = PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
+    else:
+        template = _settings(path.parent)["chat_template"]
+        made = PreTrainedTokenizerFast(tokenizer_file=str(path), chat_template=template, **_SHAPE)
     end = made.convert_ids_to_tokens(0)
-    if end in made.added_tokens_encoder:
+    if made.eos_token is None and end in made.added_tokens_encoder:
         made.add_special_tokens({"bos_token": end, "eos_token": end})
     return made
 

@@ -261,6 +261,11 @@ def test_tokenizers_of_the_pile(tmp_path):
     ours = load(pile(tmp_path / PILE), 300)
     assert ours("\u4e01\u4e02<|endoftext|>")["input_ids"] == [1, 2, 0]
     assert (ours.bos_token_id, ours.eos_token_id) == (0, 0)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"eos_token": "\u4e03", "chat_template": "{{ messages[0].content }}"}'
+    )
+    assert load(tmp_path / PILE).chat_template and load(tmp_path / PILE).eos_token_id == 0
+    assert load(pile(tmp_path / "tokenizer.json")).eos_token_id == 3
     for path in (tmp_path / PILE, write_vocabulary(tmp_path)):
         with pytest.raises(ValueError, match=r"tokens up to id 299, the model a vocabulary of 299"):
             load(path, 299)
