@@ -79,11 +79,8 @@ def info(
 
 def architecture(config: Any) -> Iterator[tuple[str, str]]:
     """What the config of a decoder says, in words."""
-    yield "layers", f"{len(config.kinds)}: {kinds(config.kinds)}"
-    if not hasattr(config, "attention"):
-        yield from recurrent(config)
-        return
     a = config.attention
+    yield "layers", f"{len(config.kinds)}: {kinds(config.kinds)}"
     yield "context", f"{config.max_context:,} tokens"
     yield "vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tie_embeddings else 'untied'} head"
     yield "width", f"{config.d_model}; {a.n_heads} heads of {a.head_dim}, {a.n_kv_heads} for keys and values"
@@ -91,14 +88,6 @@ def architecture(config: Any) -> Iterator[tuple[str, str]]:
         yield "feed-forward", f"{config.mlp.d_ff}{', gated' if config.mlp.gated else ''}, {config.mlp.act}"
     if config.moe is not None:
         yield "experts", f"{config.moe.n_experts} of {config.moe.expert.d_ff}, {config.moe.top_k} for each token"
-
-
-def recurrent(config: Any) -> Iterator[tuple[str, str]]:
-    """What there is to say of a model without attention."""
-    yield "context", f"any number of tokens; trained on {config.context:,} at a time"
-    yield "vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tie_embeddings else 'untied'} head"
-    yield "width", f"{config.d_model}" + f"; {config.heads} heads of {config.head_dim}" * (config.heads > 0)
-    yield "feed-forward", f"{config.d_ff}"
 
 
 def kinds(layers: tuple[Any, ...]) -> str:
