@@ -339,7 +339,7 @@ def tensor_names(fam: Family, config: Any, leaves: Mapping[str, Any], have) -> N
     """The stored names of a model's parameters; leaves: {path: array or shape}."""
     shapes = {path: leaf if isinstance(leaf, tuple) else leaf.shape for path, leaf in leaves.items()}
     groups = [layer.group for layer in fam.backbone.layers(config)]
-    return Names(fam.rules(config), shapes, groups, fam.base, have)
+    return Names(fam.table(config, have), shapes, groups, fam.base, have)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
