@@ -40,6 +40,7 @@ Cache = dict[str, Any]  # {"state": a dict of stacked arrays, or a tuple of such
 VIEW = True  # parameters may come unrolled (view.py)
 CONSTANT_CACHE = True  # no length is needed to make a cache
 STATE = "state"
+DEFAULT = Runtime()
 
 
 class Block(nn.Module):
@@ -96,7 +97,7 @@ def embed(
     *,
     positions: Array | None = None,
     rng: Array | None = None,
-    runtime: Runtime = Runtime(),
+    runtime: Runtime = DEFAULT,
     adapters: Params | None = None,
 ) -> Array:
     """tokens [B, T] int -> [B, T, D] in the runtime's dtype."""
@@ -116,7 +117,7 @@ def trunk(
     rope_len: int | None = None,
     taps: tuple[str, ...] = (),
     rng: Array | None = None,
-    runtime: Runtime = Runtime(),
+    runtime: Runtime = DEFAULT,
     adapters: Params | None = None,
 ) -> tuple[Array, Cache | None, dict[str, Array]]:
     """x [B, T, D] through all layers and the final norm -> (hidden [B, T, D], cache, aux).
@@ -173,7 +174,7 @@ def forward(
     params: Params,
     tokens: Array,
     *,
-    runtime: Runtime = Runtime(),
+    runtime: Runtime = DEFAULT,
     **options,
 ) -> tuple[Array, Cache | None, dict[str, Array]]:
     """tokens [B, T] int -> (logits [B, T, V] float32, cache, aux); options as `trunk`."""
@@ -199,9 +200,8 @@ def init_cache(config: RwkvConfig, params: Params, batch: int, length: int = 0, 
 
 def layers(config: RwkvConfig) -> tuple[stack.Layer, ...]:
     """Per depth: the kind of layer, its parameter stack and its cache stack."""
-    return tuple(
-        stack.Layer(kind, group, STATE) for kind, group in zip(config.kinds, groups(config.kinds), strict=True)
-    )
+    each = zip(config.kinds, groups(config.kinds), strict=True)
+    return tuple(stack.Layer(kind, group, STATE) for kind, group in each)
 
 
 def _check(runtime: Runtime, adapters: Params | None, taps, cache, segments) -> None:

@@ -73,9 +73,8 @@ def bias(c: RwkvConfig, depth, name: str):
     zigzag = (jnp.arange(c.d_attn) % c.head_dim - middle) / middle
     zigzag, line = zigzag * jnp.abs(zigzag), _place(c.d_attn) - 0.5
     curve = -6 + 6 * _place(c.d_attn) ** (1 + _done(c, depth) ** 0.3)
-    return _fixed(
-        {"w": curve + 0.5 + 2.5 * zigzag, "a": -0.19 + 0.3 * zigzag + 0.4 * line, "v": 0.73 - 0.4 * line}[name]
-    )
+    curves = {"w": curve + 0.5 + 2.5 * zigzag, "a": -0.19 + 0.3 * zigzag + 0.4 * line, "v": 0.73 - 0.4 * line}
+    return _fixed(curves[name])
 
 
 def removal(c: RwkvConfig):

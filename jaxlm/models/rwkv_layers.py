@@ -1,7 +1,7 @@
 """The two mixers of an RWKV layer: over time, a recurrence, in the form of each version; and over channels.
 
-Both see each token blended with the one before it. Sources: the `rwkv` package 0.8.32 (Apache-2.0) for the arithmetic of
-all versions; arXiv 2305.13048 (4), 2404.05892 (5, 6), 2503.14456 (7). Axes here: N heads, H channels of a head.
+Both see each token blended with the one before it. Sources: the `rwkv` package 0.8.32 (Apache-2.0) for the arithmetic
+of all versions; arXiv 2305.13048 (4), 2404.05892 (5, 6), 2503.14456 (7). Axes here: N heads, H channels of a head.
 """
 
 import dataclasses
