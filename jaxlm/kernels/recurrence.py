@@ -21,8 +21,9 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jaxlm.kernels.call import precision, vary_alike
+from jaxlm.kernels.recurrence_xla import chunked
 
-IMPLS = ("auto", "serial")
+IMPLS = ("auto", "serial", "xla")
 
 
 def recurrence(
@@ -55,7 +56,10 @@ def recurrence(
         raise ValueError(f"unknown {impl=} of the recurrence; there are {', '.join(IMPLS)}")
     if state is None:
         arrays["state"] = jnp.zeros((r.shape[0], *r.shape[2:], v.shape[3]), wide(v.dtype))
-    return serial(vary_alike(arrays))
+    arrays = vary_alike(arrays)
+    if impl == "serial" or (impl == "auto" and r.shape[1] == 1):
+        return serial(arrays)
+    return chunked(arrays, chunk)
 
 
 def serial(arrays: dict[str, Array]) -> tuple[Array, Array]:
