@@ -96,7 +96,7 @@ def wide(dtype) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _check(arrays: dict[str, Array], chunk: int | None) -> None:
+def _check(arrays: dict[str, Any], chunk: int | None) -> None:
     shape, values = arrays["r"].shape, arrays["v"].shape
     if len(shape) != 4 or len(values) != 4:
         raise ValueError(f"the recurrence needs r [B, T, H, K] and v [B, T, H, V], got {shape} and {values}")

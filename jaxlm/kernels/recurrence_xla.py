@@ -1,7 +1,7 @@
 """The recurrence in chunks, as matrix products, in plain XLA: all that a chunk adds to the state is found at once.
 
-Within a chunk the inner vectors u_t = a_t^T S_{t-1} solve a triangular system, U = (I - A_ab)^-1 (A_ak V + a~ S_0); then
-out = A_rk V + A_rb U + r~ S_0 and S_C = w~ S_0 + k~^T V + b~^T U, where A_xy[t, i] = sum_K x_t y_i (decay from i to t).
+Within a chunk the inner vectors u_t = a_t^T S_{t-1} solve a triangular system, U = (I - A_ab)^-1 (A_ak V + a~ S_0), and
+out = A_rk V + A_rb U + r~ S_0, S_C = w~ S_0 + k~^T V + b~^T U, where A_xy[t, i] = sum_K x_t y_i (decay from i to t).
 
 No decay is divided by another. The pairs of a chunk are those within its halves and those from the first half to the
 second, whose decay is that up to the middle times that from there on, both exponentials of sums of log_w <= 0: nothing
@@ -80,8 +80,8 @@ def _chunk(state, tokens, bonus, exact):
 
 
 class _Sums:
-    """Sums of log_w within blocks of `half` tokens, arrays [..., C, K]: from a block's start up to each kind of row, and
-    from each token on, without its own, to the block's end."""
+    """Sums of log_w within blocks of `half` tokens, arrays [..., C, K]: from a block's start up to each kind of row,
+    and from each token on, without its own, to the block's end."""
 
     def __init__(self, until: list[Array], whole: Array):
         self.half, self.until, self.whole, self.after = 1, until, whole, jnp.zeros_like(whole)
@@ -110,7 +110,7 @@ def _joined(first, second):
 
 
 def _products(rows, columns, own, sums: _Sums, product) -> Array:
-    """Of each kind of row with each kind of column [..., C, K] the decayed, causal products [..., 1, rows, C, columns, C];
+    """Decayed, causal products of each kind of row with each kind of column [..., C, K]: [..., 1, rows, C, columns, C];
     leaves the sums as those of the whole chunk.
 
     own [..., C, columns] is what a row of the first kind has with its own token's columns; the other kind has nothing.
