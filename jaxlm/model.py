@@ -284,7 +284,7 @@ class Model:
             eos=chosen.eos,
             pad=chosen.pad,
             capacity=bucket(new),
-            length=length,
+            length=self.config.max_context if hasattr(self.family.backbone, "CONSTANT_CACHE") else length,
             virtual=self.virtual,
             rope_len=rope_len + self.virtual if any(rope.depends_on_length for rope in ropes) else None,
             logprobs=logprobs,

@@ -32,13 +32,14 @@ from jaxlm.models.rwkv_layers import FLOAT, TIME_MIX, ChannelMix, Rows, TimeMix7
 from jaxlm.parallel.sharding import constrain
 
 __all__ = [
-    "CONSTANT_CACHE", "VIEW", "count_positions", "embed", "forward", "head", "init", "init_cache", "layers",
-    "logical_axes", "trunk",
+    "CACHE_AXES", "CONSTANT_CACHE", "VIEW", "count_positions", "embed", "forward", "head", "init", "init_cache",
+    "layers", "logical_axes", "trunk",
 ]  # fmt: skip
 Params = dict[str, Any]
 Cache = dict[str, Any]  # {"state": a dict of stacked arrays, or a tuple of such dicts}
 VIEW = True  # parameters may come unrolled (view.py)
-CONSTANT_CACHE = True  # no length is needed to make a cache
+CONSTANT_CACHE = True  # its size does not depend on the length
+CACHE_AXES = {"wkv": ("layers", "batch", "heads", None, None)}  # where they differ from those of keys and values
 STATE = "state"
 DEFAULT = Runtime()
 

@@ -25,12 +25,12 @@ without it the table is chosen by the names that the tensors have.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
-from jaxlm.models.config import Kind
+from jaxlm.models.config import UNLIMITED, Kind
 from jaxlm.models.reader import Reader
 
 NAMES = {"blinkdl": "blinkdl"}
-UNLIMITED = 2**31 - 1  # a recurrent state takes no more room for more tokens; positions are int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,19 @@ class RwkvConfig:
     @property
     def heads(self) -> int:
         return self.d_attn // self.head_dim if self.head_dim else 0
+
+    @property
+    def shared_heads(self) -> int:
+        """Over how many devices of the axis `tensor` the time mixing divides at most."""
+        return self.heads or self.d_attn
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Names and words, for `jaxlm info`."""
+        heads = f"{self.heads} heads of {self.head_dim}" if self.heads else f"{self.d_attn} channels of time mixing"
+        yield "width", f"{self.d_model}; {heads}"
+        yield "feed-forward", f"{self.d_ff}, squared ReLU"
+        numbers = self.n_layers * (2 * self.d_model + (self.head_dim or 3) * self.d_attn)
+        yield "state", f"{numbers:,} numbers for each sequence, whatever its length"
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

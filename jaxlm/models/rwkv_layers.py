@@ -166,9 +166,9 @@ class TimeMix6(TimeMix5):
         into = self.weight("mix_in", (c.d_model, len(names), ranks.mix), ("embed", None, None), starts.ZEROS)
         back = self.weight("mix_out", (len(names), ranks.mix, c.d_model), (None, None, "embed"), starts.SMALL)
         inner = jnp.tanh(contract("BTD,DSE->BTSE", self.blend("x", x, before, depth), into))
-        moved = contract("BTSE,SED->BTSD", inner, back)
-        delta = before - x
-        xs = {name: self.blend(name, x, before, depth) + delta * moved[:, :, i] for i, name in enumerate(names)}
+        # One by one: XLA on CPU has no batched product of bfloat16 that sums in float32.
+        moved = {name: contract("BTE,ED->BTD", inner[:, :, i], back[i]) for i, name in enumerate(names)}
+        xs = {name: self.blend(name, x, before, depth) + (before - x) * moved[name] for name in names}
 
         decay = self.heads("decay", starts.decay(c, depth))
         into = self.weight("decay_in", (c.d_model, ranks.decay), ("embed", None), starts.ZEROS)

@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
 
 import jaxlm
+from jaxlm.checkpoints.load import flatten
 from jaxlm.models import rwkv, rwkv_layers
+from jaxlm.train.config import TrainConfig, parse
+from jaxlm.train.loop import Run
+from jaxlm.train.setup import setup
+from tests.data.tiny import tokenizer
 from tests.models.rwkv_reference import VERSIONS, L, config, reference, weights
 
 TOLERANCE = 1e-5  # of the largest; the package computes in float32 as well, in another order
@@ -228,3 +235,139 @@ def test_what_does_not_fit_is_named(version, change, message, tmp_path):
     write(tmp_path / "in", config(version) | change, weights(version))
     with pytest.raises(ValueError, match=message):
         jaxlm.load(tmp_path / "in")
+
+
+@pytest.mark.parametrize("version", ["4", pytest.param("5.2", marks=pytest.mark.slow), "7"])
+def test_generation_equals_the_package_token_for_token(version):
+    model, want = loaded(version), reference(version)
+    prompts = [want.tokens[:n].tolist() for n in (11, 3)]
+    got = model.generate(prompts, max_new_tokens=12, temperature=0.0, eos=[])
+    for row, prompt in zip(got, prompts, strict=True):
+        np.testing.assert_array_equal(row, want.generate(prompt, 12))
+
+
+@pytest.mark.slow
+def test_a_session_continues_the_state_however_long_it_grows():
+    model, want = loaded("6"), reference("6")
+    session = model.session(max_new_tokens=8, temperature=0.0, eos_token_id=[])
+    ids, plans = want.tokens[:9].tolist(), []
+    for turn in range(3):
+        answer = session.answer(ids, 8).tokens.tolist()
+        assert answer == want.generate(ids, 8)
+        assert session.reused == (0 if turn == 0 else len(ids) - 12)
+        plans.append(session.plan)
+        ids = [*ids, *answer, *want.tokens[20:31].tolist()]
+    assert len(set(plans)) == 1  # no length is outgrown
+
+
+@pytest.mark.parametrize("version", ["4", "7"])
+def test_float16_is_rescaled_by_powers_of_two(version, tmp_path):
+    """A stream beyond float16's numbers. Halved after every layer it fits; scaling leaves no other trace."""
+    tokens = reference(version).tokens[None, :24]
+
+    def grown(by: float) -> dict[str, np.ndarray]:
+        """What layers after the first add, that many times as large."""
+        adding = re.compile(r"blocks\.[^0].*(output|ffn\.value)\.weight")
+        return {name: array * (by if adding.match(name) else 1) for name, array in weights(version).items()}
+
+    def stream(tensors: dict[str, np.ndarray], every: int, dtype: str) -> np.ndarray:
+        where = tmp_path / f"{every}-{dtype}-{len(list(tmp_path.iterdir()))}"
+        write(where, config(version) | {"rescale_every": every}, tensors)
+        return np.asarray(jaxlm.load(where, dtype=dtype)(tokens, output="all_hidden"))[-1]
+
+    factor = 1000 * 120_000 / np.abs(stream(grown(1000), 1, "float32")).max()
+    expected = stream(grown(factor), 1, "float32")
+    assert np.abs(expected).max() > 1.5 * 2**16
+    assert error(stream(grown(factor), 1, "float16"), expected) <= 1e-2
+    assert not np.isfinite(stream(grown(factor), 0, "float16")).all()
+
+
+def test_decays_stay_float32_in_a_narrow_model(tmp_path):
+    model, want = jaxlm.load(reference("6").directory, dtype="bfloat16"), reference("6")
+    narrow = {path: leaf.dtype.name for path, leaf in flatten(model.params).items()}
+    assert {path for path, name in narrow.items() if name == "float32"} == {"layers/attn/decay", "layers/attn/bonus"}
+    assert error(model(want.tokens[None, :40])[0], want.logits[:40]) <= 5e-2
+    model.save(tmp_path / "out", dtype="bfloat16")
+    kept = load_file(tmp_path / "out/model.safetensors")
+    np.testing.assert_array_equal(kept["blocks.1.att.time_decay"], weights("6")["blocks.1.att.time_decay"])
+    assert kept["blocks.1.att.key.weight"].dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
+def test_a_mesh_changes_nothing(version):
+    want = reference(version)
+    model = jaxlm.load(want.directory, mesh="data=2,fsdp=2,tensor=2")
+    tokens = np.stack([want.tokens[i : i + 24] for i in range(0, 96, 24)])
+    assert error(model(tokens)[0], want.logits[:24]) <= TOLERANCE
+    assert len({str(leaf.sharding.spec) for leaf in jax.tree.leaves(model.params)}) > 3
+
+
+def test_version_4_equals_transformers(tmp_path):
+    """Logits and every gradient, with a time mixing of another width than the stream's."""
+    sizes = {"hidden_size": 32, "attention_hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3}
+    theirs = transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=101, rescale_every=0, **sizes))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "time_mix" in name:
+                p.uniform_()
+            elif "time_decay" in name:
+                p.uniform_(-6, 1.5)
+            else:
+                p.normal_(std=1 if p.ndim == 1 else p.shape[1] ** -0.5)
+    theirs.save_pretrained(tmp_path)
+    model = jaxlm.load(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 24)).astype(np.int32)
+    logits = theirs.double()(torch.tensor(tokens), use_cache=False).logits
+    assert error(model(tokens), logits.detach().numpy()) <= 2e-6
+
+    targets = torch.tensor(tokens[:, 1:]).long().flatten()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
+
+    def loss(params):
+        logits = jax.nn.log_softmax(run.__wrapped__(model.config, params, tokens)[0][:, :-1])
+        return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
+
+    model.with_params(jax.jit(jax.grad(loss))(model.params)).save(tmp_path / "gradients")
+    found = load_file(tmp_path / "gradients/model.safetensors")
+    for name, p in theirs.named_parameters():
+        assert error(found[name], p.grad.numpy()) <= 1e-5, name
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Path:
+    """A config to begin from, a tokenizer, and text."""
+    at = tmp_path_factory.mktemp("ground")
+    hf = {key: value for key, value in config("7").items() if key != "rwkv_names"}
+    (at / "config.json").write_text(json.dumps(hf | {"vocab_size": 300, "num_hidden_layers": 2}))
+    tokenizer().save_pretrained(at / "tokenizer")
+    lines = [json.dumps({"text": f"{i} and {i + 1} are {2 * i + 1}. " * (1 + i % 5)}) for i in range(60)]
+    (at / "text.jsonl").write_text("\n".join(lines))
+    return at
+
+
+def train(ground: Path, out: Path, **settings):
+    given = {
+        "model": str(ground / "config.json"), "tokenizer": str(ground / "tokenizer"), "out": str(out), "steps": 6,
+        "data": {"train": str(ground / "text.jsonl"), "seq_len": 32, "batch_size": 4}, "log_every": 1,
+        "optim": {"rate": 1e-2, "schedule": "constant"}, "mesh": "data=2,fsdp=2,tensor=2",
+    }  # fmt: skip
+    result = Run(setup(parse(TrainConfig, given | settings, "test"))).train()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return result, [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_an_adapter_learns_alone(ground, tmp_path):
+    result, losses = train(ground, tmp_path / "run")
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.5
+    base = jaxlm.load(result.model)
+    adapter = {"kind": "lora", "rank": 4, "targets": ["r_proj", "v_proj", "ffn.key"]}
+    _, losses = train(ground, tmp_path / "lora", model=str(result.model), adapter=adapter, mesh=None)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    after, tokens = jaxlm.load(result.model), np.arange(10)[None]
+    for a, b in zip(jax.tree.leaves(base.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    adapted = after.with_adapters(tmp_path / "lora/adapter")
+    assert np.abs(adapted(tokens) - after(tokens)).max() > 1e-3
+    np.testing.assert_allclose(adapted.merge_adapters()(tokens), adapted(tokens), atol=1e-5)
