@@ -13,6 +13,7 @@ Axes: B batch, T tokens, H heads, K keys (what the state is read by), V values.
 """
 
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -20,10 +21,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jaxlm.kernels.call import precision, vary_alike
+from jaxlm.kernels import recurrence_tpu
+from jaxlm.kernels.call import device, precision, vary_alike
 from jaxlm.kernels.recurrence_xla import chunked
 
-IMPLS = ("auto", "serial", "xla")
+log = logging.getLogger(__name__)
+IMPLS = ("auto", "serial", "xla", "tpu")
 
 
 def recurrence(
@@ -56,10 +59,30 @@ def recurrence(
         raise ValueError(f"unknown {impl=} of the recurrence; there are {', '.join(IMPLS)}")
     if state is None:
         arrays["state"] = jnp.zeros((r.shape[0], *r.shape[2:], v.shape[3]), wide(v.dtype))
+    chosen = _choose(arrays, chunk) if impl == "auto" else impl
+    if chosen == "tpu":
+        if reason := recurrence_tpu.refuses(arrays, chunk, device()[0]):
+            raise ValueError(f"recurrence implementation 'tpu' {reason}")
+        return recurrence_tpu.recurrence_tpu(arrays, chunk)
     arrays = vary_alike(arrays)
-    if impl == "serial" or (impl == "auto" and r.shape[1] == 1):
-        return serial(arrays)
-    return chunked(arrays, chunk)
+    return serial(arrays) if chosen == "serial" else chunked(arrays, chunk)
+
+
+def _choose(arrays: dict[str, Any], chunk: int | None) -> str:
+    """The implementation for this call: one token is a step, a TPU has its kernel, chunks are for the rest."""
+    if arrays["r"].shape[1] == 1:
+        return "serial"
+    if (platform := device()[0]) != "tpu":
+        return "xla"
+    reason = recurrence_tpu.refuses(arrays, chunk, platform)
+    if reason is not None:
+        _log_once(f"the recurrence uses xla; tpu {reason}")
+    return "xla" if reason else "tpu"
+
+
+@functools.cache
+def _log_once(what: str) -> None:
+    log.info(what)
 
 
 def serial(arrays: dict[str, Array]) -> tuple[Array, Array]:
