@@ -118,7 +118,8 @@ def init(
         raise ValueError("config.json has no 'model_type', which names the architecture")
     fam = family(hf["model_type"])
     made = fam.config(hf, tuple(ignore_fields))
-    cast = lambda key: jax.tree.map(lambda a: a.astype(dtype), fam.backbone.init(made, key))
+    dtypes = unflatten(tensor_names(fam, made, parameter_shapes(fam, made), ()).dtypes(dtype))
+    cast = lambda key: jax.tree.map(lambda a, dtype: a.astype(dtype), fam.backbone.init(made, key), dtypes)
     into: dict[str, Any] = {} if placed is None else {"out_shardings": parameter_shardings(fam, made, placed)}
     params = jax.jit(cast, **into)(jax.random.key(0) if key is None else key)
     return Model(

@@ -39,6 +39,10 @@ class Names:
         aliases = [rule for rule in rules if isinstance(rule, Alias)]
         self.aliases = {self.stored(rule.hf): self.stored(rule.of) for rule in aliases}
 
+    def dtypes(self, wanted: str) -> dict[str, str]:
+        """{path: dtype} where `wanted` is asked for."""
+        return {path: binding.dtype(wanted) for binding in self.bindings.values() for path in binding.paths}
+
 
 def load(
     source: Source,
@@ -60,7 +64,7 @@ def load(
     """
     manifest = examine(source, names, where=where, buffers=buffers)
     arrays: dict[str, jax.Array] = {}
-    dtypes = dict.fromkeys(leaves, dtype) if dtype else _stored_dtypes(source, names.bindings)
+    dtypes = names.dtypes(dtype) if dtype else _stored_dtypes(source, names.bindings)
     done, total = 0, sum(_nbytes(source, name) for name in names.bindings)
 
     def on_bytes(count: int) -> None:
@@ -70,7 +74,7 @@ def load(
             progress(done, total)
 
     def checked(raw: np.ndarray, name: str) -> np.ndarray:
-        if dtype == "float16":
+        if dtype and names.bindings[name].dtype(dtype) == "float16":
             _narrowed(raw, np.dtype(np.float16), name)
         return raw
 
@@ -108,7 +112,7 @@ def streamed(
 
     def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
         own = source.tensors[name].dtype if manifest.keeps_dtypes else np.dtype(np.float32)
-        return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
+        return np.dtype(jnp.dtype(binding.dtype(dtype)) if dtype else own), binding.stored_shape
 
     specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
     return specs, lambda name: _narrowed(source.read(name), specs[name][0], name)
@@ -124,7 +128,7 @@ def stored(
 
     def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
         own = manifest.tensors[name].dtype if manifest and manifest.keeps_dtypes else arrays[binding.paths[0]].dtype
-        return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
+        return np.dtype(jnp.dtype(binding.dtype(dtype)) if dtype else own), binding.stored_shape
 
     specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
 

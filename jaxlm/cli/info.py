@@ -79,15 +79,13 @@ def info(
 
 def architecture(config: Any) -> Iterator[tuple[str, str]]:
     """What the config of a decoder says, in words."""
-    a = config.attention
+    from jaxlm.models.config import UNLIMITED
+
+    unlimited = f"any length; trained on {config.context:,} tokens at a time"
     yield "layers", f"{len(config.kinds)}: {kinds(config.kinds)}"
-    yield "context", f"{config.max_context:,} tokens"
+    yield "context", f"{config.max_context:,} tokens" if config.max_context < UNLIMITED else unlimited
     yield "vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tie_embeddings else 'untied'} head"
-    yield "width", f"{config.d_model}; {a.n_heads} heads of {a.head_dim}, {a.n_kv_heads} for keys and values"
-    if config.mlp is not None:
-        yield "feed-forward", f"{config.mlp.d_ff}{', gated' if config.mlp.gated else ''}, {config.mlp.act}"
-    if config.moe is not None:
-        yield "experts", f"{config.moe.n_experts} of {config.moe.expert.d_ff}, {config.moe.top_k} for each token"
+    yield from config.facts()
 
 
 def kinds(layers: tuple[Any, ...]) -> str:
