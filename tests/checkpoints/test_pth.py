@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.checkpoints import pth
 from jaxlm.checkpoints.pth import PthSource
-from tests.checkpoints.pth_files import archive, dictionary, storage, tensor, text, write
+from tests.checkpoints.pth_files import EMPTY, archive, dictionary, storage, tensor, text, write
 
 R = np.random.default_rng(0)
 X = R.standard_normal((6, 4)).astype(np.float32)
@@ -194,6 +194,7 @@ def test_other_files(tmp_path):
 MADE = {"a": X}
 FLOATS = storage("0", "FloatStorage", 24)
 CALL = b"\x80\x02cos\nsystem\n(" + text("true") + b"tR."
+CONJUGATE = tensor(FLOATS, 0, (1,), (1,)).replace(EMPTY + b"tR", EMPTY + b"}" + text("conj") + b"\x88stR")
 PICKLES = {
     "a call": (CALL, "asks for 'os.system', which is no part of a tensor: it is not loaded"),
     "by the stack": (b"\x80\x04" + text("builtins") + text("eval") + b"\x93.", "'builtins.eval'"),
@@ -219,6 +220,7 @@ PICKLES = {
         "something that is not a storage",
     ),
     "too few arguments": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", "a tensor is made of nothing"),
+    "a conjugate": (dictionary({"a": CONJUGATE}), "conjugated or negated"),
     "a negative size": (dictionary({"a": tensor(FLOATS, 0, (-1,), (1,))}), "are not numbers of elements"),
     "a negative offset": (dictionary({"a": tensor(FLOATS, -1, (1,), (1,))}), "are not numbers of elements"),
     "a negative stride": (dictionary({"a": tensor(FLOATS, 9, (2,), (-1,))}), "are not numbers of elements"),
@@ -259,6 +261,10 @@ def test_archives_that_are_refused(tmp_path):
     assert "without a data.pkl" in error(path)
     archive(path, {"data.pkl": dictionary(laid(VIEWS)), "data/0": X.tobytes()}, zipfile.ZIP_DEFLATED)
     assert "is compressed" in error(path)
+    raw = bytearray(write(path, MADE).read_bytes())
+    raw[raw.find(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(raw)
+    assert "is encrypted" in error(path)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(write(path, MADE), "a") as made:
         made.writestr("model/data/0", X.tobytes())
     assert "two records are called 'model/data/0'" in error(path)
