@@ -3,12 +3,18 @@
 import json
 import logging
 
+import chex
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
+import jaxlm
+from jaxlm.api import convert
 from jaxlm.checkpoints import rwkv_pth
 from jaxlm.checkpoints.pth import PthSource
 from jaxlm.checkpoints.source import TensorInfo
+from jaxlm.cli.main import main
 from jaxlm.opening import open_checkpoint
 from tests.checkpoints.pth_files import write
 from tests.checkpoints.test_rwkv_tokenizer import write_vocabulary
@@ -190,3 +196,42 @@ def test_vocabulary_in_a_directory_of_the_hub(tmp_path):
     (tmp_path / "out").mkdir()
     opened.write_tokenizer(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["rwkv_vocab_v20230424.txt"]
+
+
+# Models
+
+
+@pytest.mark.parametrize("version", CONFIGS)
+def test_a_file_is_the_model_that_it_was_made_of(tmp_path, version):
+    """A random model's tensors, by BlinkDL's names and in two dtypes, as a .pth file: loaded, and converted."""
+    made = jaxlm.init(CONFIGS[version], key=jax.random.key(1))
+    made.save(tmp_path / "made", dtype="bfloat16")
+    tensors = safetensors.numpy.load_file(tmp_path / "made" / "model.safetensors")
+    assert "emb.weight" in tensors
+    write(tmp_path / "m.pth", tensors)
+    loaded, expected = jaxlm.load(tmp_path / "m.pth"), jaxlm.load(tmp_path / "made")
+    assert loaded.hf_config == CONFIGS[version] | {"dtype": "bfloat16"}
+    assert loaded.config == expected.config == made.config
+    chex.assert_trees_all_equal(loaded.params, expected.params)
+    convert(tmp_path / "m.pth", tmp_path / "out")
+    loaded.save(tmp_path / "saved")
+    for directory in ("out", "saved"):
+        found = safetensors.numpy.load_file(tmp_path / directory / "model.safetensors")
+        assert found.keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert (found[name].dtype, found[name].tobytes()) == (value.dtype, value.tobytes()), name
+
+
+def test_info(tmp_path, capsys):
+    made = jaxlm.init(CONFIGS["7"])
+    made.save(tmp_path / "made", dtype="float16")
+    tensors = safetensors.numpy.load_file(tmp_path / "made" / "model.safetensors")
+    write(tmp_path / "m.pth", tensors)
+    assert main(["info", str(tmp_path / "m.pth"), "--json", "--params"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["architecture"].startswith("rwkv7 - ") and found["tokenizer"] == "none"
+    assert found["tensors"]["blocks.2.att.r_k"]["shape"] == [HEADS, SIZE]
+    assert list(found["tensors"]) == list(tensors)
+    write_vocabulary(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "rwkv_vocab_v20230424.txt" in capsys.readouterr().out.replace("\n", "")
