@@ -35,19 +35,22 @@ def load(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     dtype: str | None = None,
+    tokenizer: str | Path | None = None,
     ignore_fields: Sequence[str] = (),
     mesh: str | Mesh | None = None,
     layers: str = "auto",
     attention: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """A model from a checkpoint directory (config.json and safetensors), a .gguf file, or "org/name" on the hub.
+    """A model from a checkpoint directory (config.json and safetensors), a file (.gguf; .pth of RWKV), or "org/name" on
+    the hub.
 
     For the hub, where no directory has that name: revision, a branch, tag or commit; token, default HF_TOKEN;
     cache_dir, default huggingface_hub's; local_files_only=True makes no request. A path takes none of these.
     dtype: of the parameters and the computation; default the checkpoint's on an accelerator, float32 on a CPU. A field
     of config.json or a tensor that is unknown or missing is a ValueError naming it; ignore_fields names fields to pass
-    over. layers: "stacked" runs them in scans, "unrolled" one by one, "auto" unrolled on a single CPU device.
+    over. tokenizer: a source, or a file (tokenizer.json, rwkv_vocab_v20230424.txt), in place of the checkpoint's own.
+    layers: "stacked" runs them in scans, "unrolled" one by one, "auto" unrolled on a single CPU device.
     attention names an implementation, default the best that can. progress is told (bytes done, bytes in all).
     mesh: "fsdp=4,tensor=2", or a mesh of ours (`make_mesh`), over whose devices the parameters are laid out; each host
     reads what its own devices hold. Dimensions that do not divide stay whole, and are listed in a warning.
@@ -58,7 +61,7 @@ def load(
     placed = _mesh(mesh, layers)
     opened = open_checkpoint(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    ).with_tokenizer(tokenizer)
     fam = family(opened.model_type)
     config = fam.config(opened.hf_config, tuple(ignore_fields))
     shapes = parameter_shapes(fam, config)
@@ -115,7 +118,8 @@ def init(
         raise ValueError("config.json has no 'model_type', which names the architecture")
     fam = family(hf["model_type"])
     made = fam.config(hf, tuple(ignore_fields))
-    cast = lambda key: jax.tree.map(lambda a: a.astype(dtype), fam.backbone.init(made, key))
+    dtypes = unflatten(tensor_names(fam, made, parameter_shapes(fam, made), ()).dtypes(dtype))
+    cast = lambda key: jax.tree.map(lambda a, dtype: a.astype(dtype), fam.backbone.init(made, key), dtypes)
     into: dict[str, Any] = {} if placed is None else {"out_shardings": parameter_shardings(fam, made, placed)}
     params = jax.jit(cast, **into)(jax.random.key(0) if key is None else key)
     return Model(
@@ -135,16 +139,18 @@ def convert(
     directory: str | Path,
     *,
     dtype: str | None = None,
+    tokenizer: str | Path | None = None,
     overwrite: bool = False,
     ignore_fields: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> None:
     """Any source that `load` takes, and a training run, written as `Model.save` writes it; one tensor in memory.
 
-    dtype None gives every tensor of safetensors back in its own, bit for bit; of anything else, in float32.
+    tokenizer: as for `load`. dtype None gives every tensor of safetensors and .pth back in its own, bit for bit; of
+    anything else, in float32.
     """
     inputs.choice("dtype", dtype, (None, *inputs.DTYPES))
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source).with_tokenizer(tokenizer)
     fam = family(opened.model_type)
     config = fam.config(opened.hf_config, tuple(ignore_fields))
     tensors = opened.source()

@@ -284,7 +284,7 @@ class Model:
             eos=chosen.eos,
             pad=chosen.pad,
             capacity=bucket(new),
-            length=length,
+            length=self.config.max_context if hasattr(self.family.backbone, "CONSTANT_CACHE") else length,
             virtual=self.virtual,
             rope_len=rope_len + self.virtual if any(rope.depends_on_length for rope in ropes) else None,
             logprobs=logprobs,
@@ -339,7 +339,7 @@ def tensor_names(fam: Family, config: Any, leaves: Mapping[str, Any], have) -> N
     """The stored names of a model's parameters; leaves: {path: array or shape}."""
     shapes = {path: leaf if isinstance(leaf, tuple) else leaf.shape for path, leaf in leaves.items()}
     groups = [layer.group for layer in fam.backbone.layers(config)]
-    return Names(fam.rules(config), shapes, groups, fam.base, have)
+    return Names(fam.table(config, have), shapes, groups, fam.base, have)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -1,7 +1,8 @@
-"""What a source is: a checkpoint directory, a .gguf file, a hub repository or a training run, opened without reading
-weights."""
+"""What a source is: a checkpoint directory, a .gguf or .pth file, a hub repository or a training run, opened without
+reading weights."""
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from jaxlm.checkpoints import files, hub
 from jaxlm.checkpoints.source import Source
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Opened:
     generation_config: dict[str, Any]
     source: Callable[[], Source]
     tokenizer: Callable[[], Any]
-    directory: Path | None  # None for a .gguf file
+    directory: Path | None  # with the tokenizer's files; None where there are none, as beside a .gguf or .pth
 
     @property
     def model_type(self) -> str:
@@ -28,10 +31,24 @@ class Opened:
             raise ValueError(f"{self.where}: config.json has no 'model_type', which names the architecture")
         return self.hf_config["model_type"]
 
+    def with_tokenizer(self, source: str | Path | None) -> "Opened":
+        """The same with the tokenizer of another source, or of a file (`jaxlm.data.prepare.load_tokenizer`)."""
+        if source is None:
+            return self
+        from jaxlm.data.prepare import load_tokenizer
+
+        made = load_tokenizer(str(source))
+        return dataclasses.replace(self, tokenizer=lambda: made, directory=None)
+
     def write_tokenizer(self, directory: Path) -> None:
-        """Copies the tokenizer's files, or writes those of a .gguf file's tokenizer."""
+        """Copies the tokenizer's files, or writes those that a .gguf or .pth file's tokenizer has as a directory."""
         if self.directory is None:
-            self.tokenizer().save_pretrained(directory)
+            try:
+                made = self.tokenizer()
+            except FileNotFoundError as absent:  # a .pth file holds none
+                log.warning("no tokenizer is written: %s", absent)
+            else:
+                made.save_pretrained(directory)
             return
         if not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} is gone; its tokenizer files cannot be copied")
@@ -70,9 +87,10 @@ def open_checkpoint(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Opened:
-    """A directory with config.json, a .gguf file, "org/name" on the hub, to which alone the options belong, or a run.
+    """A directory with config.json, a file, "org/name" on the hub, to which alone the options belong, or a run.
 
-    A run is the directory of `jaxlm train` (its last checkpoint), or one of the checkpoints in it.
+    A file is a .gguf, or RWKV's .pth, which may also be the only one of a directory. A run is the directory of
+    `jaxlm train` (its last checkpoint), or one of the checkpoints in it.
 
     Anything else is an error that says what was found.
     """
@@ -89,22 +107,37 @@ def open_checkpoint(
         raise ValueError(f"{source} is a path here, and {', '.join(given)} only for a repository on the hub")
     if path.suffix == ".gguf":
         return _open_gguf(path)
+    if path.suffix == ".pth":
+        return _open_pth(path)
     if path.is_dir():
         return _open_run(path) or _open_directory(path, str(path))
     if path.exists():
-        raise ValueError(f"{path} is neither a checkpoint directory nor a .gguf file")
-    raise FileNotFoundError(f"{source}: no such directory or .gguf file (a repository on the hub is named org/name)")
+        raise ValueError(f"{path} is neither a checkpoint directory nor a .gguf or .pth file")
+    raise FileNotFoundError(
+        f"{source}: no such directory, .gguf or .pth file (a repository on the hub is named org/name)"
+    )
 
 
 def _open_directory(path: Path, where: str) -> Opened:
+    from jaxlm.checkpoints import rwkv_pth, rwkv_tokenizer
+    from jaxlm.checkpoints.pth import PthSource
     from jaxlm.checkpoints.safetensors import SafetensorsSource
 
     if not (path / files.CONFIG).is_file():
+        if pth := rwkv_pth.beside(path, config=False):
+            return _open_pth(pth)
         found = sorted(p.name for p in path.iterdir())[:8]
         raise FileNotFoundError(f"{path} has no config.json; it holds {', '.join(found) or 'nothing'}")
-    generation = path / files.GENERATION
+    generation, config = path / files.GENERATION, files.read_json(path / files.CONFIG)
+    rwkv = config.get("model_type") in rwkv_pth.MODEL_TYPES
+
+    def source() -> Source:
+        pth = rwkv_pth.beside(path, config=True) if rwkv else None
+        return SafetensorsSource(path) if pth is None else PthSource(pth)
 
     def tokenizer():
+        if rwkv:
+            return rwkv_tokenizer.load(rwkv_tokenizer.locate(path, config["vocab_size"]), config["vocab_size"])
         from transformers import AutoTokenizer
 
         if not any((path / name).is_file() for name in files.TOKENIZER):
@@ -113,9 +146,9 @@ def _open_directory(path: Path, where: str) -> Opened:
 
     return Opened(
         where=where,
-        hf_config=files.read_json(path / files.CONFIG),
+        hf_config=config,
         generation_config=files.read_json(generation) if generation.is_file() else {},
-        source=lambda: SafetensorsSource(path),
+        source=source,
         tokenizer=tokenizer,
         directory=path,
     )
@@ -173,5 +206,23 @@ def _open_gguf(path: Path) -> Opened:
         generation_config=gguf_config.generation(file),
         source=lambda: gguf.GgufSource(gguf.GgufFile(path), table),
         tokenizer=tokenizer,
+        directory=None,
+    )
+
+
+def _open_pth(path: Path) -> Opened:
+    from jaxlm.checkpoints import rwkv_pth, rwkv_tokenizer
+    from jaxlm.checkpoints.pth import PthSource
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    config = rwkv_pth.read_config(path)
+    size = config["vocab_size"]
+    return Opened(
+        where=str(path),
+        hf_config=config,
+        generation_config={},
+        source=lambda: PthSource(path),
+        tokenizer=lambda: rwkv_tokenizer.load(rwkv_tokenizer.locate(path.parent, size), size),
         directory=None,
     )

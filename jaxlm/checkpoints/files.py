@@ -7,6 +7,7 @@ from typing import Any
 from jaxlm.checkpoints.safetensors_header import parse_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+RWKV_WORLD, RWKV_PILE = "rwkv_vocab_v20230424.txt", "20B_tokenizer.json"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -20,6 +21,8 @@ TOKENIZER = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
+    RWKV_WORLD,
+    RWKV_PILE,
 )
 
 

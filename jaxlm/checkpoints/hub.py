@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-_NO_REPO = re.compile(r"--|\.\.|[.-](/|$)|\.(git|gguf)$")  # not allowed on the hub; and a .gguf file is a path
+_NO_REPO = re.compile(r"--|\.\.|[.-](/|$)|\.(git|gguf|pth)$")  # not allowed on the hub; .gguf and .pth are paths
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _TIMEOUT = 10  # seconds for the first answer, as huggingface_hub waits for its own
 
@@ -147,6 +147,11 @@ def _complete(place: _Place, info: Any, progress: Progress | None) -> Path:
     """Downloads what the cache lacks of the commit in `info`: the small files, then the weights."""
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename}
     if files.CONFIG not in sizes:
+        if pth := [name for name in sorted(sizes) if name.endswith(".pth")]:
+            raise FileNotFoundError(
+                f"{place.name} has no {files.CONFIG}, but {some(pth)}: if that is RWKV, download one file with "
+                f"`hf download {place.repo} {pth[0]}` and load it by its path"
+            )
         raise FileNotFoundError(f"{place.name} has no {files.CONFIG}; it holds {some(sorted(sizes))}")
     weights = _weights(place, sorted(sizes))
     small = [name for name in (files.CONFIG, files.GENERATION, *files.TOKENIZER, INDEX) if name in sizes]

@@ -39,6 +39,10 @@ class Names:
         aliases = [rule for rule in rules if isinstance(rule, Alias)]
         self.aliases = {self.stored(rule.hf): self.stored(rule.of) for rule in aliases}
 
+    def dtypes(self, wanted: str) -> dict[str, str]:
+        """{path: dtype} where `wanted` is asked for."""
+        return {path: binding.dtype(wanted) for binding in self.bindings.values() for path in binding.paths}
+
 
 def load(
     source: Source,
@@ -60,7 +64,7 @@ def load(
     """
     manifest = examine(source, names, where=where, buffers=buffers)
     arrays: dict[str, jax.Array] = {}
-    dtypes = dict.fromkeys(leaves, dtype) if dtype else _stored_dtypes(source, names.bindings)
+    dtypes = names.dtypes(dtype) if dtype else _stored_dtypes(source, names.bindings)
     done, total = 0, sum(_nbytes(source, name) for name in names.bindings)
 
     def on_bytes(count: int) -> None:
@@ -70,7 +74,7 @@ def load(
             progress(done, total)
 
     def checked(raw: np.ndarray, name: str) -> np.ndarray:
-        if dtype == "float16":
+        if dtype and names.bindings[name].dtype(dtype) == "float16":
             _narrowed(raw, np.dtype(np.float16), name)
         return raw
 
@@ -95,6 +99,7 @@ def examine(source: Source, names: Names, *, where: str, buffers: Sequence[str] 
         tensors=dict(source.tensors),
         buffers={name: source.read(name) for name in kept},
         aliases=copies,
+        keeps_dtypes=getattr(source, "keeps_dtypes", False),
         index=getattr(source, "index", None),
     )
 
@@ -102,12 +107,12 @@ def examine(source: Source, names: Names, *, where: str, buffers: Sequence[str] 
 def streamed(
     source: Source, names: Names, manifest: Manifest, dtype: str | None
 ) -> tuple[dict[str, tuple[np.dtype, Shape]], Callable[[str], np.ndarray]]:
-    """`stored` for a source that is written as it is read, without parameters between; safetensors keep their dtypes,
-    anything else is float32."""
+    """`stored` for a source that is written as it is read, without parameters between; what was not stored as it is
+    (GGUF) is float32."""
 
     def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
-        own = source.tensors[name].dtype if manifest.files else np.dtype(np.float32)
-        return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
+        own = source.tensors[name].dtype if manifest.keeps_dtypes else np.dtype(np.float32)
+        return np.dtype(jnp.dtype(binding.dtype(dtype)) if dtype else own), binding.stored_shape
 
     specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
     return specs, lambda name: _narrowed(source.read(name), specs[name][0], name)
@@ -122,8 +127,8 @@ def stored(
     """
 
     def spec(name: str, binding: Binding) -> tuple[np.dtype, Shape]:
-        own = manifest.tensors[name].dtype if manifest and manifest.files else arrays[binding.paths[0]].dtype
-        return np.dtype(jnp.dtype(dtype) if dtype else own), binding.stored_shape
+        own = manifest.tensors[name].dtype if manifest and manifest.keeps_dtypes else arrays[binding.paths[0]].dtype
+        return np.dtype(jnp.dtype(binding.dtype(dtype)) if dtype else own), binding.stored_shape
 
     specs = {name: spec(name, binding) for name, binding in names.bindings.items()}
 

@@ -16,4 +16,5 @@ class Manifest:
     tensors: Mapping[str, TensorInfo]  # every stored tensor, buffers and duplicates included
     buffers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # not parameters, written back as read
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # dropped duplicate -> the tensor it equals
+    keeps_dtypes: bool = False  # of tensors stored as they are: those of safetensors and .pth, not of GGUF
     index: bytes | None = None  # model.safetensors.index.json as it was

@@ -51,6 +51,7 @@ class Rule:
     hf: str  # "model.layers.{layer}.self_attn.q_proj.weight"
     path: str  # "layers/attn/q/w"
     pattern: str | None = None  # "(n h) d -> d n h"; None: as it is
+    keep_f32: bool = False  # no dtype that is asked for narrows it: decays, whose exponentials multiply
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -152,6 +153,10 @@ class Binding:
     @property
     def layouts(self) -> tuple[Layout, ...]:
         return self.rule.layouts(self.shapes)
+
+    def dtype(self, wanted: str) -> str:
+        """What it gets where `wanted` is asked for."""
+        return "float32" if isinstance(self.rule, Rule) and self.rule.keep_f32 else wanted
 
 
 def bind(rules: Sequence[AnyRule], leaves: Mapping[str, Shape], groups: Sequence[str]) -> dict[str, Binding]:

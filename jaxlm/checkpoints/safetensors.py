@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.checkpoints import contiguous
 from jaxlm.checkpoints.safetensors_header import make_header, parse_header, parse_json, some
 from jaxlm.checkpoints.source import Box, TensorInfo
 
@@ -35,6 +36,7 @@ class SafetensorsSource:
     """
 
     tensors: dict[str, TensorInfo]
+    keeps_dtypes = True
     headers: dict[str, bytes]  # file name -> its JSON header, padding included
     index: bytes | None  # model.safetensors.index.json as it is on disk
 
@@ -92,39 +94,28 @@ class SafetensorsSource:
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """The tensor, or the range `rows` of its first axis (step 1, within bounds), in an array of its own."""
-        info = self.tensors[name]
-        begin, shape = self._begins[name], info.shape
-        if rows != slice(None):
-            start, stop = _bounds(name, shape, rows)
-            begin += start * math.prod(shape[1:]) * info.dtype.itemsize
-            shape = (stop - start, *shape[1:])
-        array = np.empty(shape, info.dtype)
-        self._fill(_bytes(array), begin, name)
-        return array
+        return contiguous.read_rows(name, self.tensors[name], self._begins[name], rows, self._filler(name))
 
     def read_box(self, name: str, begin: int, shape: Sequence[int], box: Box) -> np.ndarray:
         """A box of the elements from `begin` on, seen as an array of `shape`; reads the box's bytes and no others."""
-        info = self.tensors[name]
-        if begin + math.prod(shape) > math.prod(info.shape) or not _within(box, shape):
-            raise ValueError(f"tensor {name!r} of shape {info.shape} has no box {box} of {shape} from element {begin}")
-        array = np.empty([stop - start for start, stop in box], info.dtype)
-        view, size, done = _bytes(array), info.dtype.itemsize, 0
-        starts, run = _runs(shape, box)
-        for start in (self._begins[name] + (starts + begin) * size).tolist():
-            self._fill(view[done : done + run * size], start, name)
-            done += run * size
-        return array
+        fill = self._filler(name)
+        return contiguous.read_box(name, self.tensors[name], self._begins[name], begin, shape, box, fill)
 
-    def _fill(self, view: memoryview, begin: int, name: str) -> None:
-        """Reads the bytes from `begin` on."""
+    def _filler(self, name: str) -> contiguous.Fill:
+        """What reads the bytes of a tensor's file from a place on."""
         file = self._files[self.tensors[name].file]
-        while view.nbytes:
-            count = os.preadv(file.fileno(), [view], begin)
-            if count == 0:
-                raise ValueError(
-                    f"{self.tensors[name].file}: ends inside tensor {name!r}; the file has changed since it was opened"
-                )
-            view, begin = view[count:], begin + count
+
+        def fill(view: memoryview, begin: int) -> None:
+            while view.nbytes:
+                count = os.preadv(file.fileno(), [view], begin)
+                if count == 0:
+                    raise ValueError(
+                        f"{self.tensors[name].file}: ends inside tensor {name!r}; the file has changed since it was "
+                        "opened"
+                    )
+                view, begin = view[count:], begin + count
+
+        return fill
 
     def close(self) -> None:
         for file in self._files.values():
@@ -137,47 +128,11 @@ class SafetensorsSource:
         self.close()
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, which has no buffer protocol of its own in bfloat16."""
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _bounds(name: str, shape: tuple[int, ...], rows: slice) -> tuple[int, int]:
-    """The range's bounds. Python would clamp a range that is out of bounds; a short read must not pass unnoticed."""
-    if not shape:
-        raise ValueError(f"tensor {name!r} is a scalar: it has no rows {rows}")
-    start = 0 if rows.start is None else rows.start
-    stop = shape[0] if rows.stop is None else rows.stop
-    if rows.step not in (None, 1) or not 0 <= start <= stop <= shape[0]:
-        raise ValueError(f"tensor {name!r} has {shape[0]} rows: {rows} is not a contiguous range of them")
-    return start, stop
-
-
-def _within(box: Box, shape: Sequence[int]) -> bool:
-    return len(box) == len(shape) and all(0 <= a <= b <= size for (a, b), size in zip(box, shape, strict=True))
-
-
-def _runs(shape: Sequence[int], box: Box) -> tuple[np.ndarray, int]:
-    """The elements at which the contiguous runs of a box begin, in order, and how many elements each has."""
-    outer = len(shape)
-    while outer and box[outer - 1] == (0, shape[outer - 1]):
-        outer -= 1
-    strides = [math.prod(shape[i + 1 :]) for i in range(outer)]
-    first, run = 0, math.prod(shape)
-    if outer:  # the last axis that is cut is contiguous within the runs
-        start, stop = box[outer - 1]
-        first, run = start * strides[-1], (stop - start) * strides[-1]
-    starts = np.array([first], np.int64)
-    for (start, stop), stride in zip(box[: max(0, outer - 1)], strides, strict=False):
-        starts = (starts[:, None] + np.arange(start, stop, dtype=np.int64) * stride).reshape(-1)
-    return starts, run
-
-
 def _locate(path: Path) -> tuple[Path, list[str], bytes | None]:
     """Where the checkpoint's files are: (directory, file names, raw index or None)."""
     if path.is_file():
         if path.suffix in _PICKLES:
-            raise ValueError(_pickle_message(path.parent, path.name))
+            raise ValueError(pickle_message(path.parent, path.name))
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: not a .safetensors file")
         return path.parent, [path.name], None
@@ -196,11 +151,11 @@ def _locate(path: Path) -> tuple[Path, list[str], bytes | None]:
             raise FileNotFoundError(f"{path}: holds {some(others)}, but not {INDEX}, which says what is in which")
         raise FileNotFoundError(f"{path}: no {SINGLE}; it holds {some(others)}: name one of them to load it")
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        raise ValueError(_pickle_message(path, some(pickles)))
+        raise ValueError(pickle_message(path, some(pickles)))
     raise FileNotFoundError(f"{path}: no {SINGLE} or {INDEX}; the directory holds {some(names)}")
 
 
-def _pickle_message(directory: Path, what: str) -> str:
+def pickle_message(directory: Path, what: str) -> str:
     return (
         f"{directory}: {what}: pickled PyTorch weights are not loaded, because unpickling can run any code; convert "
         "them once, where torch is installed: python -c 'from transformers import AutoModelForCausalLM as M; "
@@ -305,11 +260,11 @@ def _write_tensor(
     if not array.size:
         return
     if array.flags.c_contiguous:
-        _write(file, _bytes(array))
+        _write(file, contiguous.as_bytes(array))
         return
     step = max(1, _BLOCK * len(array) // array.nbytes)  # rows at a time: no second copy of a whole transposed tensor
     for start in range(0, len(array), step):
-        _write(file, _bytes(np.ascontiguousarray(array[start : start + step])))
+        _write(file, contiguous.as_bytes(np.ascontiguousarray(array[start : start + step])))
 
 
 def _write(file: io.FileIO, view: memoryview) -> None:

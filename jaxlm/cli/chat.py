@@ -6,7 +6,18 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from jaxlm.cli.console import Dtype, IgnoreFields, IgnoreGenerationFields, Option, Source, err, load, out, rates
+from jaxlm.cli.console import (
+    Dtype,
+    IgnoreFields,
+    IgnoreGenerationFields,
+    Option,
+    Source,
+    Tokenizer,
+    err,
+    load,
+    out,
+    rates,
+)
 
 HELP = """/reset forgets the conversation   /exit or Ctrl-D leaves   /help shows this   Ctrl-C stops an answer"""
 
@@ -78,6 +89,7 @@ def chat(
     repetition_penalty: Annotated[float | None, Option(metavar="R", help="above 1 disfavours tokens seen")] = None,
     seed: Annotated[int, Option(metavar="N", help="of the random draws")] = 0,
     dtype: Annotated[Dtype, Option(metavar="DTYPE", help="to compute in: float32, bfloat16 or float16")] = None,
+    tokenizer: Tokenizer = None,
     ignore_fields: IgnoreFields = (),
     ignore_generation_fields: IgnoreGenerationFields = (),
 ) -> int:
@@ -88,7 +100,7 @@ def chat(
 
     Example: jaxlm chat SmolLM2.gguf --system "Answer in one sentence." --temperature 0.7
     """
-    model = load(source, dtype, ignore_fields)
+    model = load(source, dtype, ignore_fields, tokenizer)
     session = model.session(
         max_new_tokens=max_new_tokens,
         seed=seed,

@@ -16,7 +16,13 @@ Option = functools.partial(tyro.conf.arg, help_behavior_hint="")
 Dtype = Literal["float32", "bfloat16", "float16"] | None
 Source = Annotated[
     str,
-    tyro.conf.arg(metavar="SOURCE", help="a checkpoint's directory, a .gguf file, or org/name on the Hugging Face hub"),
+    tyro.conf.arg(
+        metavar="SOURCE", help="a checkpoint's directory, a .gguf or .pth file, or org/name on the Hugging Face hub"
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    Option(metavar="SOURCE", help="a checkpoint's, or a file's, in place of the checkpoint's own tokenizer"),
 ]
 IgnoreFields = Annotated[
     tuple[str, ...],
@@ -73,13 +79,13 @@ def fetch(source: str) -> str:
         return str(hub.snapshot(source, progress=step))
 
 
-def load(source: str, dtype: str | None, ignore_fields: tuple[str, ...]):
+def load(source: str, dtype: str | None, ignore_fields: tuple[str, ...], tokenizer: str | None = None):
     """`jaxlm.load` with a progress bar."""
     import jaxlm
 
     directory = fetch(source)
     with progress(f"loading {source}") as step:
-        return jaxlm.load(directory, dtype=dtype, ignore_fields=ignore_fields, progress=step)
+        return jaxlm.load(directory, dtype=dtype, tokenizer=tokenizer, ignore_fields=ignore_fields, progress=step)
 
 
 def count(n: int) -> str:

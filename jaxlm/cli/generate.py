@@ -3,7 +3,18 @@
 import sys
 from typing import Annotated
 
-from jaxlm.cli.console import Dtype, IgnoreFields, IgnoreGenerationFields, Option, Source, err, load, out, rates
+from jaxlm.cli.console import (
+    Dtype,
+    IgnoreFields,
+    IgnoreGenerationFields,
+    Option,
+    Source,
+    Tokenizer,
+    err,
+    load,
+    out,
+    rates,
+)
 
 
 def generate(
@@ -23,6 +34,7 @@ def generate(
     samples: Annotated[int, Option(metavar="N", help="continuations to draw; several are not streamed")] = 1,
     seed: Annotated[int, Option(metavar="N", help="of the random draws")] = 0,
     dtype: Annotated[Dtype, Option(metavar="DTYPE", help="to compute in: float32, bfloat16 or float16")] = None,
+    tokenizer: Tokenizer = None,
     ignore_fields: IgnoreFields = (),
     ignore_generation_fields: IgnoreGenerationFields = (),
 ) -> int:
@@ -39,7 +51,7 @@ def generate(
         raise ValueError("the prompt is empty")
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-    model = load(source, dtype, ignore_fields)
+    model = load(source, dtype, ignore_fields, tokenizer)
 
     def write(piece: str) -> None:
         out.file.write(piece)

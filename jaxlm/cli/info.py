@@ -50,6 +50,8 @@ def info(
     try:
         if isinstance(checkpoint, GgufSource):
             stored, text = gguf_tensors(checkpoint.file), gguf_tokenizer(checkpoint.file.metadata)
+        elif opened.directory is None:
+            stored, text = tensors(checkpoint), pth_tokenizer(Path(opened.where), opened.hf_config["vocab_size"])
         else:
             stored, text = tensors(checkpoint), tokenizer(Path(source))
         placed = None if mesh is None else place(fam, config, checkpoint, mesh, dtype)
@@ -77,15 +79,13 @@ def info(
 
 def architecture(config: Any) -> Iterator[tuple[str, str]]:
     """What the config of a decoder says, in words."""
-    a = config.attention
+    from jaxlm.models.config import UNLIMITED
+
+    unlimited = f"any length; trained on {config.context:,} tokens at a time"
     yield "layers", f"{len(config.kinds)}: {kinds(config.kinds)}"
-    yield "context", f"{config.max_context:,} tokens"
+    yield "context", f"{config.max_context:,} tokens" if config.max_context < UNLIMITED else unlimited
     yield "vocabulary", f"{config.vocab_size:,} tokens, {'tied' if config.tie_embeddings else 'untied'} head"
-    yield "width", f"{config.d_model}; {a.n_heads} heads of {a.head_dim}, {a.n_kv_heads} for keys and values"
-    if config.mlp is not None:
-        yield "feed-forward", f"{config.mlp.d_ff}{', gated' if config.mlp.gated else ''}, {config.mlp.act}"
-    if config.moe is not None:
-        yield "experts", f"{config.moe.n_experts} of {config.moe.expert.d_ff}, {config.moe.top_k} for each token"
+    yield from config.facts()
 
 
 def kinds(layers: tuple[Any, ...]) -> str:
@@ -107,7 +107,7 @@ def describe(kind: Any) -> str:
 
 
 def tensors(source) -> Stored:
-    """What a safetensors checkpoint stores."""
+    """What a safetensors or .pth checkpoint stores."""
     return {
         name: (t.dtype.name, tuple(t.shape), t.dtype.itemsize * math.prod(t.shape), t.file)
         for name, t in source.tensors.items()
@@ -152,6 +152,16 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> str:
         f"{len(metadata['tokenizer.ggml.tokens']):,} tokens",
     ]
     return ", ".join(words + ["chat template"] * ("tokenizer.chat_template" in metadata))
+
+
+def pth_tokenizer(path: Path, vocab_size: int) -> str:
+    """Where the tokenizer of a .pth file would come from."""
+    from jaxlm.checkpoints.rwkv_tokenizer import locate
+
+    try:
+        return str(locate(path.parent, vocab_size))
+    except FileNotFoundError:
+        return "none"
 
 
 def by_type(stored: Stored) -> Table:

@@ -69,8 +69,8 @@ def usage() -> str:
     commands = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     return f"""usage: jaxlm COMMAND ...
 
-Hugging Face checkpoints in JAX. SOURCE is a checkpoint's directory, a .gguf file, or
-org/name on the hub.
+Hugging Face checkpoints in JAX. SOURCE is a checkpoint's directory, a .gguf or .pth
+file, or org/name on the hub.
 
 commands:
 {commands}

@@ -230,7 +230,7 @@ def _auto(wanted: Wanted, tries: int, estimate: bool) -> int:
     def tell(n: int, choice: tuple[str, str]) -> None:
         err.print(f"trying {n + 1} of at most {tries}: mesh {choice[0]}, remat {choice[1]}", highlight=False)
 
-    options = choices(wanted.topology.size, wanted.config.attention.n_kv_heads, wanted.batch)
+    options = choices(wanted.topology.size, wanted.config.shared_heads, wanted.batch)
     if not options:
         raise ValueError(f"batch {wanted.batch} divides over no preset of {wanted.topology.size} devices")
     err.print(f"estimating {len(options)} ways", highlight=False)

@@ -106,7 +106,9 @@ def make_config(value: Mapping[str, Any], where: str) -> PrepareConfig:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a checkpoint, of a .gguf file, or of a directory that holds nothing but a tokenizer."""
+    """The tokenizer of a checkpoint, of a .gguf file, of a directory that holds nothing but a tokenizer, or in a file:
+    a tokenizer.json, or the vocabulary of RWKV's World."""
+    from jaxlm.checkpoints import rwkv_tokenizer
     from jaxlm.opening import on_hub, open_checkpoint
 
     if on_hub(source):
@@ -114,6 +116,8 @@ def load_tokenizer(source: str) -> Any:
 
         return AutoTokenizer.from_pretrained(source)  # of a repository, just these files
     path = Path(source)
+    if path.suffix in (".json", ".txt") and path.is_file():
+        return rwkv_tokenizer.load(path)
     if path.is_dir() and (path / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 

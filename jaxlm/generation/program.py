@@ -65,13 +65,15 @@ class Serving:
             jax.eval_shape(lambda: jax.random.key(0)),
         )
         names = {"cache": ("layers", "batch", None, "kv_heads", None), "rows": ("batch", None)}
+        own = getattr(self.family.backbone, "CACHE_AXES", {})  # of leaves that are not keys and values
 
         def placed(path, leaf):
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return self._key(mesh)
             in_cache = str(getattr(path[0], "key", "")) == "cache"
-            axes = names["cache" if in_cache else "rows"][: leaf.ndim]
-            return row(leaf.shape, *axes, dtype=leaf.dtype)
+            axes = own.get(str(getattr(path[-1], "key", ""))) if in_cache else None
+            axes = axes or names["cache" if in_cache else "rows"]
+            return row(leaf.shape, *axes[: leaf.ndim], dtype=leaf.dtype)
 
         state = jax.tree_util.tree_map_with_path(placed, state)
         args = (params, state, row((), dtype=jnp.int32))

@@ -30,22 +30,25 @@ def wkv4(
     *,
     state: Float[Array, "B 3 C"] | None = None,
     resets: Bool[Array, "B T"] | None = None,
+    valid: Bool[Array, "B T"] | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T C"], Float[Array, "B 3 C"]]:
     """The outputs, in v's dtype, and the state after the last token: numerator, denominator and scale, in float32.
 
     log_w <= 0 is the logarithm of the decay. state is the one before the first token, by default of nothing seen. Where
-    resets is true the state is emptied before that token. chunk is how many tokens are computed at once, by default
-    what suits the platform. Shapes that do not fit are a ValueError.
+    resets is true the state is emptied before that token; where valid is false it stays as it is, decay and all. chunk
+    is how many tokens are computed at once, by default what suits the platform. Shapes that do not fit are a
+    ValueError.
     """
-    batch, length, channels = _check(k, v, log_w, bonus, state, resets)
+    batch, length, channels = _check(k, v, log_w, bonus, state, resets, valid)
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     arrays: dict[str, Any] = {name: x.astype(dtype) for name, x in (("k", k), ("v", v), ("w", log_w), ("u", bonus))}
     arrays["state"] = empty_state(batch, channels, dtype) if state is None else state.astype(dtype)
     arrays["resets"] = jnp.zeros(k.shape[:2], bool) if resets is None else resets
+    arrays["valid"] = jnp.ones(k.shape[:2], bool) if valid is None else valid
     given = vary_alike(arrays)
     take = functools.partial(_chunk, w=given["w"], u=given["u"])
-    tokens = {name: given[name] for name in ("k", "v", "resets")}
+    tokens = {name: given[name] for name in ("k", "v", "resets", "valid")}
     size = min(chunk or CHUNK.get(device()[0], CHUNK_ELSEWHERE), length)
     whole = length // size * size
     cut = lambda x: x[:, :whole].reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
@@ -65,11 +68,10 @@ def _chunk(state: Array, tokens: dict[str, Array], w: Array, u: Array) -> tuple[
     A run of tokens is (logarithm of its decay, numerator, denominator, scale); joining runs is associative, and the run
     of what came before is first.
     """
-    k, v, resets = tokens["k"], tokens["v"], tokens["resets"][..., None]
-    decay = jnp.where(resets, -jnp.inf, w)
-    runs = zip(
-        (jnp.zeros_like(w) + 0 * state[:, 0], *state.swapaxes(0, 1)), (decay, v, jnp.ones_like(k), k), strict=True
-    )
+    k, v, resets, valid = tokens["k"], tokens["v"], tokens["resets"][..., None], tokens["valid"][..., None]
+    decay = jnp.where(resets, -jnp.inf, jnp.where(valid, w, 0))
+    own = decay, jnp.where(valid, v, 0), jnp.where(valid, jnp.ones_like(k), 0), jnp.where(valid, k, EMPTY)
+    runs = zip((jnp.zeros_like(w) + 0 * state[:, 0], *state.swapaxes(0, 1)), own, strict=True)
     _, *runs = jax.lax.associative_scan(_join, [jnp.concatenate([x[:, None], y], 1) for x, y in runs], axis=1)
     aa, bb, pp = (x[:, :-1] for x in runs)
     pp = jnp.where(resets, EMPTY, pp)
@@ -92,12 +94,13 @@ def empty_state(batch: int, channels: int, dtype: Any = jnp.float32) -> Array:
     return jnp.stack([zeros, zeros, jnp.full_like(zeros, EMPTY)], 1)
 
 
-def _check(k, v, log_w, bonus, state, resets) -> tuple[int, int, int]:
+def _check(k, v, log_w, bonus, state, resets, valid) -> tuple[int, int, int]:
     if k.ndim != 3 or 0 in k.shape:
         raise ValueError(f"wkv4 needs k [B, T, C] of at least one token, got {k.shape}")
     batch, length, channels = k.shape
     wanted = {"v": (v, k.shape), "log_w": (log_w, (channels,)), "bonus": (bonus, (channels,))}
-    wanted |= {"state": (state, (batch, 3, channels)), "resets": (resets, (batch, length))}
+    wanted |= {"state": (state, (batch, 3, channels))}
+    wanted |= {"resets": (resets, (batch, length)), "valid": (valid, (batch, length))}
     for name, (x, shape) in wanted.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} of wkv4 must have shape {shape}, got {x.shape}")

@@ -1,8 +1,11 @@
 """The frozen, hashable configuration of the decoder backbone. No field is named after a family."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from jaxlm.models.rope import Rope
+
+UNLIMITED = 2**31 - 1  # the max_context of a model whose cache takes no more room for more tokens; positions are int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,20 @@ class DecoderConfig:
     tie_embeddings: bool = False
     dropout: DropoutConfig = DropoutConfig()
     init_std: float = 0.02
+
+    @property
+    def shared_heads(self) -> int:
+        """Over how many devices of the axis `tensor` the heads divide at most."""
+        return self.attention.n_kv_heads
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Names and words, of what not every backbone has."""
+        a = self.attention
+        yield "width", f"{self.d_model}; {a.n_heads} heads of {a.head_dim}, {a.n_kv_heads} for keys and values"
+        if self.mlp is not None:
+            yield "feed-forward", f"{self.mlp.d_ff}{', gated' if self.mlp.gated else ''}, {self.mlp.act}"
+        if self.moe is not None:
+            yield "experts", f"{self.moe.n_experts} of {self.moe.expert.d_ff}, {self.moe.top_k} for each token"
 
     @property
     def max_context(self) -> int:

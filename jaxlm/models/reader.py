@@ -37,7 +37,9 @@ _TYPES = (
             """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
             num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings sliding_window
             num_experts num_local_experts num_experts_per_tok decoder_sparse_step n_embd n_head n_layer n_inner
-            n_positions sliding_window_pattern _sliding_window_pattern""".split()  # noqa: SIM905
+            n_positions sliding_window_pattern _sliding_window_pattern context_length attention_hidden_size head_size
+            head_size_divisor num_heads time_mix_extra_dim time_decay_extra_dim decay_low_rank_dim a_low_rank_dim
+            v_low_rank_dim gate_low_rank_dim""".split()  # noqa: SIM905
         ),
         _is_size,
         "a whole number above 0",
@@ -47,6 +49,7 @@ _TYPES = (
             """rms_norm_eps layer_norm_epsilon rope_theta rope_local_base_freq partial_rotary_factor attention_dropout
             attn_pdrop resid_pdrop embd_pdrop initializer_range query_pre_attn_scalar attn_logit_softcapping
             final_logit_softcapping embedding_multiplier residual_multiplier attention_multiplier logits_scaling factor
+            norm_eps hidden_ratio rescale_every
             low_freq_factor high_freq_factor beta_fast beta_slow mscale mscale_all_dim attention_factor""".split()  # noqa: SIM905
         ),
         _is_number,

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +25,7 @@ class Family:
     base: str = "model."  # prefix of the trunk's tensors, missing in checkpoints saved without a head
     buffers: tuple[str, ...] = ()  # templates of stored tensors that no parameter needs; written back on export
     gguf: tuple = ()  # tables of llama.cpp's names (checkpoints.gguf.Gguf)
+    spellings: tuple[Callable[[Any], tuple[AnyRule, ...]], ...] = ()  # like `rules`, for files with other names
 
     def config(self, hf: Mapping[str, Any], ignore_fields: tuple[str, ...] = ()) -> Any:
         """The frozen config of a config.json; a field it does not know, or lacks, is a ValueError naming it."""
@@ -32,6 +33,17 @@ class Family:
         config = self.read(reader)
         reader.finish()
         return config
+
+    def table(self, config: Any, have: Collection[str] = ()) -> tuple[AnyRule, ...]:
+        """Of `rules` and `spellings`, the table that knows the most of the tensors there are; `rules` without any."""
+        if not self.spellings or not have:
+            return self.rules(config)
+
+        def known(rules: tuple[AnyRule, ...]) -> int:
+            names = (rule.hf.format(layer=0, expert=0) for rule in rules)
+            return sum(name in have or name.removeprefix(self.base) in have for name in names)
+
+        return max((make(config) for make in (self.rules, *self.spellings)), key=known)
 
 
 _ADDED: dict[str, Family] = {}
@@ -58,8 +70,7 @@ def family(model_type: str) -> Family:
             f"there are {', '.join(names())}"
         )
     module = importlib.import_module(f"{families.__name__}.{model_type}")
-    given = {
-        name: getattr(module, name.upper()) for name in ("base", "buffers", "gguf") if hasattr(module, name.upper())
-    }
+    optional = ("base", "buffers", "gguf", "spellings")
+    given = {name: getattr(module, name.upper()) for name in optional if hasattr(module, name.upper())}
     backbone = getattr(module, "BACKBONE", decoder)
     return Family(model_type, (module.__doc__ or "").split("\n")[0], module.config, module.rules, backbone, **given)

@@ -85,7 +85,8 @@ def sinks(names: Sequence[str], directory: Path, settings: Mapping[str, Any]) ->
 
 def flops_per_token(n_params: int, n_embedding: int, layers: int, width: int, length: int) -> float:
     """Of a training step, forward and backward: 6 a parameter that multiplies (the input embedding does not), and 12 a
-    layer, position and feature for attention over the whole length (PaLM, appendix B)."""
+    layer with attention, position and feature for attention over the whole length (PaLM, appendix B). What a recurrence
+    does with its state, a few per cent of its layer's products, is not counted."""
     return 6 * (n_params - n_embedding) + 12 * layers * width * length
 
 

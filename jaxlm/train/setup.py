@@ -132,7 +132,8 @@ def setup(config: TrainConfig, progress: Callable[[str], Any] | None = None) -> 
     state = init_state(variables, optimizer, jax.random.key(config.seed), trainable=trainable, scale=scale)
     c = model.config
     embedding = 0 if c.tie_embeddings else c.vocab_size * c.d_model
-    flops = flops_per_token(_count(variables), embedding, len(c.kinds), c.d_model, config.data.seq_len)
+    attending = sum(kind.mixer == "attention" for kind in c.kinds)
+    flops = flops_per_token(_count(variables), embedding, attending, c.d_model, config.data.seq_len)
     loss = causal_lm(objective)
     model = model.with_params({})  # the state holds them: a second reference would keep them on the first device
     job = Job(config, model, train, evaluated, steps, settings, optimizer, loss, state, flops, adapter)

@@ -316,6 +316,8 @@ def test_no_weights(server, files, said):
 def test_no_config(server, contents):
     del server.repos["org/tiny"].files["config.json"]
     assert "has no config.json; it holds" in fails(FileNotFoundError)
+    server.repos["org/tiny"].files["rwkv.pth"] = b"x"
+    assert "`hf download org/tiny rwkv.pth` and load it by its path" in fails(FileNotFoundError)
 
 
 @pytest.mark.parametrize("place", ["pytorch_model.bin", "../model.safetensors", "*"])
