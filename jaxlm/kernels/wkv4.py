@@ -37,7 +37,8 @@ def wkv4(
 
     log_w <= 0 is the logarithm of the decay. state is the one before the first token, by default of nothing seen. Where
     resets is true the state is emptied before that token; where valid is false it stays as it is, decay and all. chunk
-    is how many tokens are computed at once, by default what suits the platform. Shapes that do not fit are a ValueError.
+    is how many tokens are computed at once, by default what suits the platform. Shapes that do not fit are a
+    ValueError.
     """
     batch, length, channels = _check(k, v, log_w, bonus, state, resets, valid)
     dtype = jnp.promote_types(v.dtype, jnp.float32)

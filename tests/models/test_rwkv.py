@@ -25,7 +25,7 @@ from tests.data.tiny import tokenizer
 from tests.models.rwkv_reference import VERSIONS, L, config, reference, weights
 
 TOLERANCE = 1e-5  # of the largest; the package computes in float32 as well, in another order
-KINDS = ("4", "5.2", "6", "7")  # versions whose recurrences differ
+KINDS = ("4", "6", "7")  # versions whose recurrences differ
 CHUNK = 20
 every_version = pytest.mark.parametrize("version", VERSIONS)
 every_kind = pytest.mark.parametrize("version", KINDS)
@@ -113,23 +113,23 @@ def test_packed_sequences_do_not_see_each_other(version):
     assert error(logits[0, :35], expected) <= TOLERANCE
 
 
-@every_kind
-def test_gradients_are_those_of_the_recurrence_token_by_token(version, monkeypatch):
+@pytest.mark.slow
+def test_gradients_are_those_of_the_recurrence_token_by_token(monkeypatch):
     """With padding in the batch, none of which may reach a gradient."""
-    model, want = loaded(version), reference(version)
-    tokens = np.stack([want.tokens[:40], np.r_[[0] * 6, want.tokens[50:84]]])
-    valid = jnp.stack([jnp.ones(40, bool), jnp.arange(40) >= 6])
+    model, want = loaded("7"), reference("7")
+    tokens = np.stack([want.tokens[:20], np.r_[[0] * 6, want.tokens[50:64]]])
+    valid = jnp.stack([jnp.ones(20, bool), jnp.arange(20) >= 6])
 
     def loss(params, tokens):
         logits, _ = run.__wrapped__(model.config, params, tokens, None, valid)
         p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
         return -(p * valid).sum() / valid.sum()
 
-    got = jax.jit(jax.grad(loss))(model.params, tokens)
-    other = jax.jit(jax.grad(loss))(model.params, np.where(valid, tokens, 9)) if version == "7" else got
+    gradient = jax.jit(jax.grad(loss))
+    got, other = gradient(model.params, tokens), gradient(model.params, np.where(valid, tokens, 9))
     serial = functools.partial(rwkv_layers.recurrence, impl="serial")
     monkeypatch.setattr(rwkv_layers, "recurrence", serial)
-    expected = jax.jit(jax.grad(lambda *args: loss(*args)))(model.params, tokens)
+    expected = jax.jit(jax.grad(lambda *args: loss(*args)))(model.params, tokens)  # another function: traced anew
     for (path, a), b, c in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), jax.tree.leaves(other), strict=True
     ):
@@ -200,7 +200,7 @@ def test_every_spelling_is_read_and_written_bit_for_bit(version, spelling, tmp_p
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
 
 
-@every_version
+@pytest.mark.parametrize("version", ["5.0", "7"])
 def test_the_names_of_pth_files_are_written_bit_for_bit(version, tmp_path):
     """In bfloat16 as published, computed in float32; the three unused tensors of version 7 come back too."""
     tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in weights(version).items()}
@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_named(version, change, message, tmp_path):
         jaxlm.load(tmp_path / "in")
 
 
-@pytest.mark.parametrize("version", ["4", pytest.param("5.2", marks=pytest.mark.slow), "7"])
+@pytest.mark.parametrize("version", ["4", pytest.param("7", marks=pytest.mark.slow)])
 def test_generation_equals_the_package_token_for_token(version):
     model, want = loaded(version), reference(version)
     prompts = [want.tokens[:n].tolist() for n in (11, 3)]
@@ -248,10 +248,10 @@ def test_generation_equals_the_package_token_for_token(version):
 
 @pytest.mark.slow
 def test_a_session_continues_the_state_however_long_it_grows():
-    model, want = loaded("6"), reference("6")
+    model, want = loaded("4"), reference("4")
     session = model.session(max_new_tokens=8, temperature=0.0, eos_token_id=[])
     ids, plans = want.tokens[:9].tolist(), []
-    for turn in range(3):
+    for turn in range(2):
         answer = session.answer(ids, 8).tokens.tolist()
         assert answer == want.generate(ids, 8)
         assert session.reused == (0 if turn == 0 else len(ids) - 12)
@@ -260,19 +260,18 @@ def test_a_session_continues_the_state_however_long_it_grows():
     assert len(set(plans)) == 1  # no length is outgrown
 
 
-@pytest.mark.parametrize("version", ["4", "7"])
-def test_float16_is_rescaled_by_powers_of_two(version, tmp_path):
+def test_float16_is_rescaled_by_powers_of_two(tmp_path):
     """A stream beyond float16's numbers. Halved after every layer it fits; scaling leaves no other trace."""
-    tokens = reference(version).tokens[None, :24]
+    tokens = reference("4").tokens[None, :24]
 
     def grown(by: float) -> dict[str, np.ndarray]:
         """What layers after the first add, that many times as large."""
         adding = re.compile(r"blocks\.[^0].*(output|ffn\.value)\.weight")
-        return {name: array * (by if adding.match(name) else 1) for name, array in weights(version).items()}
+        return {name: array * (by if adding.match(name) else 1) for name, array in weights("4").items()}
 
     def stream(tensors: dict[str, np.ndarray], every: int, dtype: str) -> np.ndarray:
         where = tmp_path / f"{every}-{dtype}-{len(list(tmp_path.iterdir()))}"
-        write(where, config(version) | {"rescale_every": every}, tensors)
+        write(where, config("4") | {"rescale_every": every}, tensors)
         return np.asarray(jaxlm.load(where, dtype=dtype)(tokens, output="all_hidden"))[-1]
 
     factor = 1000 * 120_000 / np.abs(stream(grown(1000), 1, "float32")).max()
@@ -293,12 +292,12 @@ def test_decays_stay_float32_in_a_narrow_model(tmp_path):
     assert kept["blocks.1.att.key.weight"].dtype == ml_dtypes.bfloat16
 
 
-@pytest.mark.parametrize("version", [pytest.param("4", marks=pytest.mark.slow), "7"])
-def test_a_mesh_changes_nothing(version):
-    want = reference(version)
+@pytest.mark.slow
+def test_a_mesh_changes_nothing():
+    want = reference("7")
     model = jaxlm.load(want.directory, mesh="data=2,fsdp=2,tensor=2")
-    tokens = np.stack([want.tokens[i : i + 24] for i in range(0, 96, 24)])
-    assert error(model(tokens)[0], want.logits[:24]) <= TOLERANCE
+    tokens = np.stack([want.tokens[i : i + 8] for i in range(0, 32, 8)])
+    assert error(model(tokens)[0], want.logits[:8]) <= TOLERANCE
     assert len({str(leaf.sharding.spec) for leaf in jax.tree.leaves(model.params)}) > 3
 
 
@@ -317,7 +316,7 @@ def test_version_4_equals_transformers(tmp_path):
                 p.normal_(std=1 if p.ndim == 1 else p.shape[1] ** -0.5)
     theirs.save_pretrained(tmp_path)
     model = jaxlm.load(tmp_path)
-    tokens = np.random.default_rng(0).integers(0, 101, (2, 24)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 12)).astype(np.int32)
     logits = theirs.double()(torch.tensor(tokens), use_cache=False).logits
     assert error(model(tokens), logits.detach().numpy()) <= 2e-6
 
@@ -338,7 +337,7 @@ def test_version_4_equals_transformers(tmp_path):
 def ground(tmp_path_factory) -> Path:
     """A config to begin from, a tokenizer, and text."""
     at = tmp_path_factory.mktemp("ground")
-    hf = {key: value for key, value in config("7").items() if key != "rwkv_names"}
+    hf = {key: value for key, value in config("6").items() if key != "rwkv_names"}
     (at / "config.json").write_text(json.dumps(hf | {"vocab_size": 300, "num_hidden_layers": 2}))
     tokenizer().save_pretrained(at / "tokenizer")
     lines = [json.dumps({"text": f"{i} and {i + 1} are {2 * i + 1}. " * (1 + i % 5)}) for i in range(60)]
@@ -349,7 +348,7 @@ def ground(tmp_path_factory) -> Path:
 def train(ground: Path, out: Path, **settings):
     given = {
         "model": str(ground / "config.json"), "tokenizer": str(ground / "tokenizer"), "out": str(out), "steps": 6,
-        "data": {"train": str(ground / "text.jsonl"), "seq_len": 32, "batch_size": 4}, "log_every": 1,
+        "data": {"train": str(ground / "text.jsonl"), "seq_len": 16, "batch_size": 4}, "log_every": 1,
         "optim": {"rate": 1e-2, "schedule": "constant"}, "mesh": "data=2,fsdp=2,tensor=2",
     }  # fmt: skip
     result = Run(setup(parse(TrainConfig, given | settings, "test"))).train()
@@ -359,15 +358,14 @@ def train(ground: Path, out: Path, **settings):
 
 @pytest.mark.slow
 def test_a_run_learns_and_an_adapter_learns_alone(ground, tmp_path):
-    result, losses = train(ground, tmp_path / "run")
-    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.5
+    result, losses = train(ground, tmp_path / "run", steps=3)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.3
     base = jaxlm.load(result.model)
-    adapter = {"kind": "lora", "rank": 4, "targets": ["r_proj", "v_proj", "ffn.key"]}
-    _, losses = train(ground, tmp_path / "lora", model=str(result.model), adapter=adapter, mesh=None)
-    assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    after, tokens = jaxlm.load(result.model), np.arange(10)[None]
+    adapter = {"kind": "lora", "rank": 4, "targets": ["gate", "value"]}
+    train(ground, tmp_path / "lora", model=str(result.model), adapter=adapter, mesh=None)
+    after, tokens = jaxlm.load(result.model), np.array(tokenizer()("7 and 8 are 15.")["input_ids"])[None]
     for a, b in zip(jax.tree.leaves(base.params), jax.tree.leaves(after.params), strict=True):
         np.testing.assert_array_equal(a, b)
     adapted = after.with_adapters(tmp_path / "lora/adapter")
-    assert np.abs(adapted(tokens) - after(tokens)).max() > 1e-3
+    assert adapted.logprobs(tokens).mean() > after.logprobs(tokens).mean() + 0.1
     np.testing.assert_allclose(adapted.merge_adapters()(tokens), adapted(tokens), atol=1e-5)
