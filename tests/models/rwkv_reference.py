@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-D, HEAD, F, V, L, LENGTH = 64, 32, 96, 101, 3, 300
+from tests.models.cases import VOCAB as V
+
+D, HEAD, F, L, LENGTH = 64, 32, 96, 3, 300
 H = D // HEAD
-VERSIONS = ("4", "5.0", "5.1", "5.2", "6", "7")
 CONFIGS = {
     "4": {"model_type": "rwkv"},
     "5.0": {"model_type": "rwkv5", "model_version": "5_0", "head_size": HEAD},
