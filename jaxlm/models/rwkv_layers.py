@@ -56,8 +56,9 @@ class Rows:
 
 
 def rows_of(valid: Array | None, segments: Array | None) -> Rows:
-    """valid [B, T] bool; segments [B, T] int, each in one piece: padding has a number of its own, and needs no mask."""
+    """valid [B, T] bool; segments [B, T] int >= 0, each in one piece: padding is one of its own, and needs no mask."""
     if segments is not None:
+        segments = segments if valid is None else jnp.where(valid, segments, -1)
         begins = segments[:, 1:] != segments[:, :-1]
         return Rows(starts=jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True))
     if valid is None:

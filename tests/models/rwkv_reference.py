@@ -49,7 +49,7 @@ def weights(version: str) -> dict[str, np.ndarray]:
         out[f"{name}.weight"], out[f"{name}.bias"] = 1 + 0.3 * rng.normal(size=n), 0.3 * rng.normal(size=n)
 
     normal = lambda *shape: rng.normal(size=shape)
-    matrix("emb.weight", V, D, 8.0)
+    matrix("emb.weight", V, D, 0.3)  # so small that the eps of the norms shows
     for i in range(L):
         block, att, ffn = f"blocks.{i}.", f"blocks.{i}.att.", f"blocks.{i}.ffn."
         for name in ("ln1", "ln2", *["ln0"] * (i == 0)):
