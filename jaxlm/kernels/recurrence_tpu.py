@@ -17,7 +17,8 @@ from jaxlm.kernels.tpu import VMEM_BYTES, round_up, shard
 
 CHUNK = 64
 LANES = 128
-WIDTHS = (16, 32, 64, 128, 256)
+WIDTHS = (64, 128, 256)
+FORGETS = -1e4  # as a log_w it leaves nothing, and unlike -inf can be multiplied by 0
 BY_TOKEN = ("r", "k", "v", "log_w", "a", "b")
 
 
@@ -69,7 +70,7 @@ def recurrence_tpu(arrays: dict[str, Array], chunk: int | None = None, interpret
     given, length = dict(arrays), arrays["v"].shape[1]
     static = Static(chunk or min(CHUNK, max(16, 1 << (length - 1).bit_length())), interpret)
     keys = given["r"].shape
-    given["log_w"] = jnp.broadcast_to(given["log_w"], keys)
+    given["log_w"] = jnp.broadcast_to(jnp.maximum(given["log_w"], FORGETS), keys)
     given["state"] = given["state"].astype(jnp.float32).transpose(0, 3, 1, 2)  # [B, V, H, K]
     resets = given.pop("resets", None)
     out, state = _recur(given, resets, static)
@@ -119,11 +120,9 @@ def _lanes(arrays: dict[str, Array], static: Static) -> tuple[dict[str, Array], 
     tile = Tile(static.chunk, tile_heads(keys, values), keys, values)
     padded = round_up(length, tile.tokens)
     if "resets" in given:
-        resets = jnp.pad(given.pop("resets"), ((0, 0), (0, padded - length))).reshape(
-            -1, padded // tile.tokens, 1, tile.tokens
-        )
-        counts = jnp.cumsum(resets, -1).astype(jnp.float32)
-        given["segments"] = jnp.tile(counts, (1, 1, 1, tile.heads))
+        resets = jnp.pad(given.pop("resets"), ((0, 0), (0, padded - length)))
+        counts = jnp.cumsum(resets.reshape(-1, padded // tile.tokens, 1, tile.tokens), -1)
+        given["segments"] = jnp.tile(counts.astype(jnp.float32), (1, 1, 1, tile.heads))
     for name in (*BY_TOKEN, "d_out"):
         if name in given:
             given[name] = jnp.pad(given[name], ((0, 0), (0, padded - length), (0, 0), (0, 0)))
@@ -149,9 +148,7 @@ def _spec(name: str, tile: Tile, at) -> pl.BlockSpec:
     return pl.BlockSpec((None, rows, keys), lambda b, h, n: (b, 0, h))  # bonus and states
 
 
-def _call(
-    kernel, flat, results: dict[str, jax.ShapeDtypeStruct], tile: Tile, count: int, at, static: Static, flops: int
-):
+def _call(kernel, flat, results: dict[str, Any], tile: Tile, count: int, at, static: Static, flops: int):
     batch, _, width = flat["r"].shape
     names = tuple(sorted(flat))
     kind = lambda name: {"last": "state", "first": "state"}.get(name, name)

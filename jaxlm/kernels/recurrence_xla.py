@@ -60,15 +60,16 @@ def _chunk(state, tokens, bonus, exact):
     x = {name: t.astype(state.dtype) for name, t in tokens.items() if t.dtype != bool}
     v, log_w = x["v"], x["log_w"]
     forget = jnp.where(tokens["resets"], -jnp.inf, 0) if "resets" in tokens else 0
-    forget = jnp.broadcast_to(forget, log_w.shape).astype(state.dtype)
-    rows, columns = ([x["r"], x["a"]], [x["k"], x["b"]]) if "a" in x else ([x["r"]], [x["k"]])
+    sums = _Sums(jnp.broadcast_to(forget, log_w.shape).astype(state.dtype), log_w)
     # A row sees the state before its token's decay, but after a reset; without a bonus, r sees what is after the token.
-    sums = _Sums([forget if bonus is not None else forget + log_w, forget][: len(rows)], log_w + forget)
-    weight = 1 if bonus is None else bonus
-    own = jnp.stack([(rows[0] * weight * column).sum(-1) for column in columns], -1)  # a token's r with its k and b
+    rows, columns = [x["r"] * jnp.exp(log_w) if bonus is None else x["r"]], [x["k"]]
+    if "a" in x:
+        rows, columns = [*rows, x["a"]], [*columns, x["b"]]
+    own = x["r"] if bonus is None else x["r"] * bonus
+    own = jnp.stack([(own * column).sum(-1) for column in columns], -1)  # a token's r with its k and b
     products = _products(rows, columns, own, sums, product)
     pairs = lambda row, column: products[:, :, 0, row, :, column]
-    rows = [row * jnp.exp(decay) for row, decay in zip(rows, sums.until, strict=True)]
+    rows = [row * jnp.exp(sums.until) for row in rows]
     columns = [column * jnp.exp(sums.after) for column in columns]
     read = lambda i: product("BHTK,BHKV->BHTV", rows[i], state) + product("BHTS,BHSV->BHTV", pairs(i, 0), v)
     wrote = lambda i, y: product("BHTK,BHTV->BHKV", columns[i], y)
@@ -80,22 +81,22 @@ def _chunk(state, tokens, bonus, exact):
 
 
 class _Sums:
-    """Sums of log_w within blocks of `half` tokens, arrays [..., C, K]: from a block's start up to each kind of row,
-    and from each token on, without its own, to the block's end."""
+    """Sums of log_w [..., C, K] within blocks of `half` tokens: from the block's start until each token, and from after
+    each token until the block's end. A token starts with what forgets what is before it."""
 
-    def __init__(self, until: list[Array], whole: Array):
-        self.half, self.until, self.whole, self.after = 1, until, whole, jnp.zeros_like(whole)
+    def __init__(self, forget: Array, log_w: Array):
+        self.half, self.until, self.after, self.log_w = 1, forget, jnp.zeros_like(log_w), log_w
 
     def total(self) -> Array:
         """Of each block, [..., blocks, K]."""
-        return self.whole[..., self.half - 1 :: self.half, :]
+        return (self.until + self.log_w)[..., self.half - 1 :: self.half, :]
 
     def double(self) -> None:
         """Joins blocks in pairs."""
         half, total = self.half, self.total()[..., None, :]
-        later = lambda x: _joined(_halves(x, half, 0), _halves(x, half, 1) + total[..., ::2, :, :])
+        self.until = _joined(_halves(self.until, half, 0), _halves(self.until, half, 1) + total[..., ::2, :, :])
         self.after = _joined(_halves(self.after, half, 0) + total[..., 1::2, :, :], _halves(self.after, half, 1))
-        self.until, self.whole, self.half = [later(x) for x in self.until], later(self.whole), 2 * half
+        self.half = 2 * half
 
 
 def _halves(x, half: int, which: int):
@@ -125,24 +126,21 @@ def _products(rows, columns, own, sums: _Sums, product) -> Array:
         x = product("...TK,...SK->...TS", jnp.concatenate(rows, -2), jnp.concatenate(columns, -2))
         return x.reshape(*x.shape[:-2], p, t, q, s)
 
-    at = jnp.arange(small)
-    diagonal = jnp.where(at[:, None, None] == at, cut(own, small)[..., None], 0)
+    late, early = jnp.arange(small)[:, None, None], jnp.arange(small)
+    diagonal = jnp.where(late == early, cut(own, small)[..., None], 0)
     found: Any = jnp.stack([diagonal, jnp.zeros_like(diagonal)][:p], -4)
     while sums.half < length:
         half = sums.half
-        decayed = [
-            _halves(row, half, 1) * jnp.exp(_halves(d, half, 1)) for row, d in zip(rows, sums.until, strict=True)
-        ]
-        left = [_halves(column, half, 0) * jnp.exp(_halves(sums.after, half, 0)) for column in columns]
+        decay = jnp.exp(_joined(_halves(sums.after, half, 0), _halves(sums.until, half, 1)))
         if half < small:
-            decayed = [cut(_joined(jnp.zeros_like(x), x), small) for x in decayed]
-            left = [cut(_joined(x, jnp.zeros_like(x)), small) for x in left]
-            same = (at // (2 * half))[:, None, None] == at // (2 * half)
-            found = found + jnp.where(same, dot(decayed, left), 0)
+            across = ((late ^ early) // half == 1) & (late > early)  # from a second half to its first
+            pairs = dot([cut(row * decay, small) for row in rows], [cut(column * decay, small) for column in columns])
+            found = jnp.where(across, pairs, found)
         else:
-            above, below = found[..., ::2, :, :, :, :], found[..., 1::2, :, :, :, :]
-            above = jnp.concatenate([above, jnp.zeros_like(above)], -1)
-            found = jnp.concatenate([above, jnp.concatenate([dot(decayed, left), below], -1)], -3)
+            second = [_halves(row * decay, half, 1) for row in rows]
+            below = dot(second, [_halves(column * decay, half, 0) for column in columns])
+            above = jnp.concatenate([found[..., ::2, :, :, :, :], jnp.zeros_like(below)], -1)
+            found = jnp.concatenate([above, jnp.concatenate([below, found[..., 1::2, :, :, :, :]], -1)], -3)
         sums.double()
     return found
 

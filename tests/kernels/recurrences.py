@@ -35,6 +35,8 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
         keys = keys[:, rng.integers(0, 3, case.t)]
     noise = draw(*shape[:3], 1 if case.decay == "scalar" else case.k)
     log_w = {"bounded": -0.6065307 / (1 + np.exp(-4 * noise)), "none": 0 * noise}.get(case.decay, -np.exp(1.5 * noise))
+    if case.decay == "unbounded":
+        log_w[0, case.t // 2, :, 1] = -np.inf
     arrays = {"r": draw(*shape), "k": keys, "v": draw(*shape[:3], case.v), "log_w": log_w.astype(np.float32)}
     if "a" in case.features:
         arrays |= {"a": -keys, "b": (keys / (1 + np.exp(-2 * draw(*shape)))).astype(np.float32)}

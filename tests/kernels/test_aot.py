@@ -15,6 +15,7 @@ from jaxlm.kernels.attention import attention
 from jaxlm.kernels.bigbird import bigbird, random_blocks
 from jaxlm.kernels.block_table import BlockTable
 from jaxlm.kernels.flash_tpu_fwd import choose_blocks, flat_plan
+from jaxlm.kernels.recurrence import recurrence
 from tests import aot
 from tests.conftest import NO_LIBTPU, ROOT
 from tests.kernels.looped import looped
@@ -27,6 +28,7 @@ CHIPS_OF_KERNELS = {
     "sharded": "v5p",
     "sparse": "tpu7x",
     "decode": "v4",
+    "recurrence": "v6e",
 }  # scripts/aot_all compiles for all
 
 
@@ -154,6 +156,29 @@ def test_decode_compiles_and_reads_the_cache_once():
     cache = 2 * 2 * 8 * 16384 * 8 * 128
     assert cache < program.cost_analysis()["bytes accessed"] < 1.1 * cache
     assert program.memory_analysis().temp_size_in_bytes < cache / 20  # no copy of it
+
+
+@needs_libtpu
+def test_recurrence_gradient_compiles_and_moves_little_but_what_it_must():
+    """RWKV-7's layers of a 1.5B model: forward and backward read and write each array once, and keep few states."""
+    batch, tokens, heads, width = 8, 4096, 32, 64
+
+    def run(r, k, v, a, b, log_w):
+        apart = lambda x: x.reshape(*x.shape[:2], heads, width)
+        out, _ = recurrence(*map(apart, (r, k, v, log_w)), a=apart(a), b=apart(b), impl="tpu")
+        return out.reshape(r.shape)
+
+    def both(d_out, *arrays):
+        out, pull = jax.vjp(run, *arrays)
+        return out, pull(d_out)
+
+    half, full = (jax.ShapeDtypeStruct((batch, tokens, heads * width), x) for x in (jnp.bfloat16, jnp.float32))
+    program = aot.compile_tpu(both, *[half] * 6, full, chip=CHIPS_OF_KERNELS["recurrence"])
+    inputs, outputs = 5 * 2 + 4, 2  # bytes of a number of each token; log_w is in float32
+    compulsory = half.size * (inputs + outputs + inputs + outputs + inputs)
+    assert 1 < program.cost_analysis()["bytes accessed"] / compulsory < 1.3
+    states = batch * heads * width**2 * 4 * tokens // 64
+    assert program.memory_analysis().temp_size_in_bytes < 1.1 * states + half.size * 2
 
 
 def test_stored_results_are_of_these_sources():
