@@ -9,7 +9,7 @@ import pytest
 from jaxlm.cli.families import RESULTS
 from jaxlm.cli.families import rows as families
 from jaxlm.cli.main import COMMANDS, main
-from tests.models.cases import CASES
+from tests.models.cases import CASES, RWKV
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -47,6 +47,7 @@ def test_the_families_are_what_the_command_prints(capsys):
 
 def test_every_family_was_compared():
     """Results are recorded by JAXLM_WRITE_RESULTS=1, for every family and every case of this day."""
-    assert json.loads(RESULTS.read_text()).keys() == {case.id for case in CASES}
+    cases = {case.id for case in CASES} | {f"rwkv-{version}" for version in RWKV}
+    assert json.loads(RESULTS.read_text()).keys() == cases
     for row in families(RESULTS):
         assert row.logits is not None and row.logits <= 1e-5 and row.export, row

@@ -1,4 +1,4 @@
-"""`jaxlm families`: the architectures there are, and how near each came to transformers in the last recorded tests."""
+"""`jaxlm families`: the architectures there are, and how near each came to the original in the last recorded tests."""
 
 import dataclasses
 import json
@@ -35,10 +35,10 @@ def families(
         str | None, Option(metavar="FILE", help="what the parity tests wrote; those of this checkout")
     ] = None,
 ) -> int:
-    """Lists the architectures: what each is, the length of its file, its error against transformers, export and GGUF.
+    """Lists the architectures: what each is, the length of its file, its error against the original, export and GGUF.
 
     logits: the largest relative error of the float32 logits over the family's test checkpoints; export: saving gives
-    their files back bit for bit. Both are what JAXLM_WRITE_RESULTS=1 pytest tests/models/test_parity.py last recorded.
+    their files back bit for bit. Both are what JAXLM_WRITE_RESULTS=1 pytest tests/models last recorded.
 
     Example: jaxlm families --markdown
     """

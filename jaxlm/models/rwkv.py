@@ -126,7 +126,8 @@ def trunk(
     positions [B, T] int32: -1 marks padding, as False in `valid` [B, T] does; their order is that of x. Padding, on
     either side or between, leaves the state as it is. segments [B, T] int32 keep packed sequences apart, each in one
     piece. The cache holds the state of what came before. taps and adapters as decoder.trunk has them; virtual tokens,
-    and an implementation of attention in the runtime, are a ValueError. rope_len and rng change nothing.
+    and an implementation of attention in the runtime, are a ValueError. rng is for the dropout of adapters; rope_len
+    changes nothing.
     """
     _check(runtime, adapters, taps, cache, segments)
     if valid is None and positions is not None:
@@ -156,12 +157,8 @@ def trunk(
     )
     x = stream[0] if config.version == 7 else stream
     aux = {"residual": stack.collect(extras, "residual")} if "residual" in taps else {}
-    x = _apply(
-        Norm(_norm(config), (config.d_model,)),
-        params["final_norm"],
-        _whole(x, _scales(config, x.dtype, config.n_layers)[0]),
-    ).astype(x.dtype)
-    return x, cache, aux
+    whole = _whole(x, _scales(config, x.dtype, config.n_layers)[0])
+    return _apply(Norm(_norm(config), (config.d_model,)), params["final_norm"], whole).astype(x.dtype), cache, aux
 
 
 def head(config: RwkvConfig, params: Params, hidden: Array) -> Array:

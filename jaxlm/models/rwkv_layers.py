@@ -56,8 +56,9 @@ class Rows:
 
 
 def rows_of(valid: Array | None, segments: Array | None) -> Rows:
-    """valid [B, T] bool; segments [B, T] int, each in one piece: padding has a number of its own, and needs no mask."""
+    """valid [B, T] bool; segments [B, T] int >= 0, each in one piece: padding is one of its own, and needs no mask."""
     if segments is not None:
+        segments = segments if valid is None else jnp.where(valid, segments, -1)
         begins = segments[:, 1:] != segments[:, :-1]
         return Rows(starts=jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True))
     if valid is None:
@@ -195,7 +196,6 @@ class TimeMix7(Mixer):
         c, before, std = self.config, rows.previous(x, shift), starts.std(self.config)
         xr, xw, xk, xv, xa, xg = (self.blend(name, x, before, depth) for name in "rwkvag")
         r, k, v = self.project("r", xr, std), self.project("k", xk, 0.1 * std), self.project("v", xv, std)
-        x32 = lambda *arrays: (array.astype(FLOAT) for array in arrays)
         bias = lambda name: self.heads(f"{name}_bias", starts.bias(c, depth, name))
         log_w = -math.exp(-0.5) * jax.nn.sigmoid(bias("w") + self.low_rank("w", jnp.tanh, xw).astype(FLOAT))
         a = jax.nn.sigmoid(bias("a") + self.low_rank("a", None, xa).astype(FLOAT))
@@ -205,7 +205,7 @@ class TimeMix7(Mixer):
         else:
             share = jax.nn.sigmoid(bias("v") + self.low_rank("v", None, xv).astype(FLOAT))
             v = (v + (first - v) * share).astype(x.dtype)
-        (k32,) = x32(k)
+        k32 = k.astype(FLOAT)
         removed = k32 * self.heads("k_k", starts.removal(c))
         # As torch's normalize, without its gradient's division by zero.
         removed = removed * jax.lax.rsqrt(jnp.maximum(jnp.square(removed).sum(-1, keepdims=True), 1e-24))

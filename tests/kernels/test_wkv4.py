@@ -47,6 +47,23 @@ def test_outputs(size, chunk):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
+def test_tokens_that_are_not_there_leave_the_state_as_it_is(chunk):
+    """Between, before and after the others, one at a time and many, with a state to begin from and without."""
+    arrays, _ = inputs()
+    valid = np.ones((B, T), bool)
+    valid[0, [0, 1, 2, 9, 20, 21, 36]] = valid[1, 14:37] = False
+    for size in (None, 3.0):
+        state = None if size is None else size * np.random.default_rng(2).random((B, 3, C)).astype(np.float32)
+        out, last = run(**arrays, state=state, valid=valid, chunk=chunk)
+        for b, real in enumerate(valid):
+            one = {name: x[b : b + 1, real] if name in "kv" else x for name, x in arrays.items()}
+            want, end = run(**one, state=None if state is None else state[b : b + 1], chunk=1)
+            assert error(out[b, real], want[0]) < 2e-6
+            assert error(last[b], end[0]) < 2e-6
+        assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
 def test_gradients_are_the_slopes_of_float64(chunk):
     arrays, resets = inputs()
     rng = np.random.default_rng(1)

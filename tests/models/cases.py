@@ -10,6 +10,7 @@ from typing import Any
 
 LENGTH = 24  # tokens in a test sequence: longer than every window and than the contexts that RoPE scalings start from
 VOCAB = 101
+RWKV = ("4", "5.0", "5.1", "5.2", "6", "7")  # versions, whose cases rwkv_reference.py makes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

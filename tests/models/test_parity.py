@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 import jaxlm
+from tests.models import recorded
 from tests.models.cases import ARCHITECTURES, CASES, FAMILIES, LENGTH
 from tests.models.reference import ROWS, reference
 
@@ -21,16 +20,10 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 every_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda c: c.id)
 TOLERANCE = 2e-6
 PADS = (0, 3, 7)  # per row, more than some windows
-RESULTS = Path(__file__).parents[1] / "results" / "parity.json"  # what `jaxlm families` shows
 
 
 def record(case, **found) -> None:
-    """Keeps what a case gave, under JAXLM_WRITE_RESULTS=1 (in one process: pytest -n 0)."""
-    if os.environ.get("JAXLM_WRITE_RESULTS") == "1":
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results[case.id] = results.get(case.id, {}) | {"family": loaded(case).family.name} | found
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    recorded.record(case.id, loaded(case).family.name, **found)
 
 
 @functools.cache
