@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert", "pipe")
@@ -46,7 +47,12 @@ def make_mesh(preset: str, devices: Sequence[Any] | None = None) -> Mesh:
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if math.prod(shape) != len(devices):
         raise ValueError(f"mesh {preset!r} is for {math.prod(shape)} devices; there are {len(devices)}")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # no axes of a TPU's torus have these sizes: cut them, as expert=8 needs of 4 x 4 x 4
+        laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(laid, AXES, axis_types=types)
 
 
 def abstract_mesh(preset: str) -> AbstractMesh:

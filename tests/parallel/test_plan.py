@@ -316,6 +316,13 @@ def test_fsdp_scatters_the_gradients_of_all_weights():
 
 
 @needs_libtpu
+def test_an_axis_of_a_mesh_may_be_part_of_two_of_the_torus():
+    """8 is no product of some of 4, 4 and 4."""
+    mesh = make_mesh("expert=8,fsdp=8", parse_topology("v5p:4x4x4").devices())
+    assert mesh.shape["expert"] == mesh.shape["fsdp"] == 8 and len({d.id for d in mesh.devices.flat}) == 64
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_said():
     config = family("llama").config(CONFIG | {"hidden_size": 8192, "intermediate_size": 65536, "head_dim": 64})
     work = Training(family=family("llama"), config=config, batch=4, seq=128, attention="xla")
