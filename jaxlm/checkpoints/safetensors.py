@@ -6,6 +6,7 @@ file can be written back byte for byte.
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -94,28 +95,24 @@ class SafetensorsSource:
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """The tensor, or the range `rows` of its first axis (step 1, within bounds), in an array of its own."""
-        return contiguous.read_rows(name, self.tensors[name], self._begins[name], rows, self._filler(name))
+        fill = functools.partial(self._fill, name=name)
+        return contiguous.read_rows(name, self.tensors[name], self._begins[name], rows, fill)
 
     def read_box(self, name: str, begin: int, shape: Sequence[int], box: Box) -> np.ndarray:
         """A box of the elements from `begin` on, seen as an array of `shape`; reads the box's bytes and no others."""
-        fill = self._filler(name)
+        fill = functools.partial(self._fill, name=name)
         return contiguous.read_box(name, self.tensors[name], self._begins[name], begin, shape, box, fill)
 
-    def _filler(self, name: str) -> contiguous.Fill:
-        """What reads the bytes of a tensor's file from a place on."""
+    def _fill(self, view: memoryview, begin: int, name: str) -> None:
+        """Reads the bytes of a tensor's file from a place on."""
         file = self._files[self.tensors[name].file]
-
-        def fill(view: memoryview, begin: int) -> None:
-            while view.nbytes:
-                count = os.preadv(file.fileno(), [view], begin)
-                if count == 0:
-                    raise ValueError(
-                        f"{self.tensors[name].file}: ends inside tensor {name!r}; the file has changed since it was "
-                        "opened"
-                    )
-                view, begin = view[count:], begin + count
-
-        return fill
+        while view.nbytes:
+            count = os.preadv(file.fileno(), [view], begin)
+            if count == 0:
+                raise ValueError(
+                    f"{self.tensors[name].file}: ends inside tensor {name!r}; the file has changed since it was opened"
+                )
+            view, begin = view[count:], begin + count
 
     def close(self) -> None:
         for file in self._files.values():
