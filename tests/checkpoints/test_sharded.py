@@ -29,6 +29,7 @@ MODELS = CONFIGS | {
 }  # fmt: skip
 # Leading axes of stacks cut (pipe, expert), rows and columns of matrices, and parts of joined tensors.
 PRESETS = {
+    "deep": "pipe=4,fsdp=2",
     "dense": "fsdp=2,tensor=2,pipe=2",
     "moe": "expert=2,fsdp=2,tensor=2",
     "concatenated": "fsdp=4,tensor=2",

@@ -309,7 +309,7 @@ def test_bad_call_is_one_line(model, call, message):
 
 
 def test_sources_that_are_no_checkpoints(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such directory or .gguf file"):
+    with pytest.raises(FileNotFoundError, match=r"no such directory, .gguf or .pth file"):
         jaxlm.load(tmp_path / "absent")
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=re.escape("has no config.json; it holds x.txt")):
